@@ -1,0 +1,3 @@
+"""Tile choice (pure Python)."""
+
+MIN_BLOCK_M = 16
