@@ -7,9 +7,11 @@ Forward, four launches:
     down       intermediate                 -> one row a slot (S, H)
     combine    slots, top_k_weights         -> out (T, H), each token's k slots added in fp32 in a fixed order
 
-Backward with frozen experts, three launches; trained experts add one reduction each:
+Backward with frozen experts, five launches, two of them tiny; trained experts add one reduction each:
 
-    down_backward   grad_output rows, gathered -> grad of pre_activation (S, 2I), grad of top_k_weights
+    tile_table      m_sizes                    -> tiles, cheaper made again than kept
+    down_backward   grad_output rows, gathered -> grad of pre_activation (S, 2I), parts of the grad of top_k_weights
+    sum_parts       parts                      -> grad of top_k_weights
     linear          grad of pre_activation     -> one row a slot (S, H)
     combine         slots                      -> grad of hidden_states (T, H)
     weight_grad     an expert's rows           -> grad of gate_up_proj, of down_proj
@@ -25,7 +27,6 @@ import torch
 from . import reference
 from ._ops import add_op_namespace_prefix
 from .checks import check_activation, check_device, check_dims, check_float, check_integer, check_like, check_size
-from .tiling import MIN_BLOCK_M
 
 Tensor = torch.Tensor
 
@@ -100,7 +101,7 @@ def _forward(
     down_proj: Tensor,
     activation: str,
     save: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     from .kernels.experts import experts_forward as launch  # Triton is imported only where it can run
 
     return launch(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, save)
@@ -116,8 +117,7 @@ def _backward(
     down_proj: Tensor,
     pre_activation: Tensor,
     order: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
+    m_sizes: Tensor,
     activation: str,
     hidden_states_grad: bool,
     gate_up_proj_grad: bool,
@@ -127,7 +127,7 @@ def _backward(
 
     return launch(
         grad_output, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, pre_activation, order,
-        offsets, tiles, activation, hidden_states_grad, gate_up_proj_grad, down_proj_grad,
+        m_sizes, activation, hidden_states_grad, gate_up_proj_grad, down_proj_grad,
     )  # fmt: skip
 
 
@@ -137,20 +137,19 @@ _backward.register_kernel("cpu")(reference.experts_backward)
 
 @_forward.register_fake
 def _(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, save):
-    slots, experts = top_k_index.numel(), gate_up_proj.shape[0]
-    tiles = slots // MIN_BLOCK_M + experts + 1 if hidden_states.is_cuda else 0
-    integers = ((slots,), (experts + 1,), (tiles, 3))
+    slots = top_k_index.numel()
     return (
-        torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
+        hidden_states.new_empty(hidden_states.shape),
         hidden_states.new_empty(slots if save else 0, gate_up_proj.shape[1]),
-        *(top_k_index.new_empty(shape, dtype=torch.int32) for shape in integers),
+        top_k_index.new_empty(slots, dtype=torch.int32),
+        top_k_index.new_empty(gate_up_proj.shape[0], dtype=torch.int32),
     )
 
 
 @_backward.register_fake
 def _(
     grad_output, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, pre_activation, order,
-    offsets, tiles, activation, hidden_states_grad, gate_up_proj_grad, down_proj_grad,
+    m_sizes, activation, hidden_states_grad, gate_up_proj_grad, down_proj_grad,
 ):  # fmt: skip
     def like(tensor, wanted=True):
         return tensor.new_empty(tensor.shape if wanted else 0)

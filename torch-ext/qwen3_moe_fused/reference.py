@@ -11,6 +11,8 @@ from typing import Iterator, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
+from .tiling import MIN_BLOCK_M
+
 Tensor = torch.Tensor
 
 
@@ -38,9 +40,12 @@ def tile_table(m_sizes: Tensor, rows: int, block_m: int, rest: int) -> Tuple[Ten
     tiles = torch.full((rows // block_m + experts + 1, 3), -1, dtype=torch.int32)
     bounds = [*offsets.tolist(), rows]
     for expert, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        label = expert if expert < experts else rest
+        if label < 0:
+            continue
         first = start // block_m + expert
         for i, row in enumerate(range(start, end, block_m)):
-            tiles[first + i] = torch.tensor([expert if expert < experts else rest, row, end])
+            tiles[first + i] = torch.tensor([label, row, end])
     return offsets.int().to(m_sizes.device), tiles.to(m_sizes.device)
 
 
@@ -52,19 +57,19 @@ def experts_forward(
     down_proj: Tensor,
     activation: str,
     save: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out (T, H), pre_activation (S, 2I) or (0, 2I), order (S,), offsets (E+1,), tiles (0, 3)."""
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out (T, H), pre_activation (S, 2I) or (0, 2I), order (S,), m_sizes (E,)."""
     tokens, k = top_k_index.shape
-    order, _, offsets, tiles = routing(top_k_index, gate_up_proj.shape[0], max(tokens * k, 1))
+    order, m_sizes, _, _ = routing(top_k_index, gate_up_proj.shape[0], MIN_BLOCK_M)
     pre_activation = hidden_states.new_zeros(tokens * k if save else 0, gate_up_proj.shape[1])
     slots = hidden_states.new_zeros(tokens * k, hidden_states.shape[1])
-    for expert, rows, slot in _groups(order, offsets):
+    for expert, rows, slot in _slot_groups(order, m_sizes):
         gate_up = F.linear(hidden_states[slot // k], gate_up_proj[expert])
         if save:
             pre_activation[rows] = gate_up
         slots[slot] = F.linear(_gated(gate_up, activation), down_proj[expert])
     out = combine(slots, top_k_weights, top_k_index, gate_up_proj.shape[0])
-    return out, pre_activation, order, offsets, tiles[:0]
+    return out, pre_activation, order, m_sizes
 
 
 def experts_backward(
@@ -76,8 +81,7 @@ def experts_backward(
     down_proj: Tensor,
     pre_activation: Tensor,
     order: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
+    m_sizes: Tensor,
     activation: str,
     hidden_states_grad: bool,
     gate_up_proj_grad: bool,
@@ -89,7 +93,7 @@ def experts_backward(
     grad_weights = torch.zeros_like(top_k_weights)
     grad_gate_up_proj = torch.zeros_like(gate_up_proj) if gate_up_proj_grad else gate_up_proj.new_empty(0)
     grad_down_proj = torch.zeros_like(down_proj) if down_proj_grad else down_proj.new_empty(0)
-    for expert, rows, slot in _groups(order, offsets):
+    for expert, rows, slot in _slot_groups(order, m_sizes):
         weights = _wide(top_k_weights.reshape(-1)[slot])[:, None]
         grad = grad_output[slot // k]
         gate, up = _wide(pre_activation[rows]).chunk(2, dim=-1)
@@ -136,6 +140,7 @@ def weight_grad(grad_output: Tensor, input: Tensor, m_sizes: Tensor) -> Tensor:
 
 
 def _row_groups(m_sizes: Tensor, rows: int) -> Iterator[Tuple[int, slice]]:
+    """(expert, its rows) for every expert that has rows."""
     if m_sizes.numel() and (int(m_sizes.min()) < 0 or int(m_sizes.sum()) != rows):
         raise ValueError(
             f"m_sizes must be non-negative and sum to the {rows} rows of input, got a sum of {int(m_sizes.sum())} "
@@ -148,12 +153,10 @@ def _row_groups(m_sizes: Tensor, rows: int) -> Iterator[Tuple[int, slice]]:
         start += size
 
 
-def _groups(order: Tensor, offsets: Tensor) -> Iterator[Tuple[int, slice, Tensor]]:
+def _slot_groups(order: Tensor, m_sizes: Tensor) -> Iterator[Tuple[int, slice, Tensor]]:
     """(expert, its rows, the slot at each row) for every expert that has rows."""
-    bounds = offsets.tolist()
-    for expert, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        if end > start:
-            yield expert, slice(start, end), order[start:end].long()
+    for expert, rows in _row_groups(m_sizes, int(m_sizes.sum())):
+        yield expert, rows, order[rows].long()
 
 
 def _gated(gate_up: Tensor, activation: str) -> Tensor:

@@ -1,0 +1,130 @@
+"""down_backward: from the gradient of the layer's output back to that of the pre-activation, in one kernel.
+
+With g = down_proj[e]^T @ grad_output[token] (gathered by index as it is read), everything else is elementwise on
+the tile in registers:
+
+    grad of gate          = weight * g * up * act'(gate)
+    grad of up            = weight * g * act(gate)
+    grad of top_k_weights = sum_i g_i * act(gate_i) * up_i
+
+The last is a sum over all columns; each program adds up its own, in ``parts``, and ``sum_parts`` adds the programs'
+in a fixed order. That needs the unweighted output of no slot, so none is kept from forward.
+"""
+
+from typing import Optional
+
+import torch
+import triton
+import triton.language as tl
+
+from ..tiling import Tile
+from .activation import activate_with_slope
+from .product import accumulate, weight_operand
+
+Tensor = torch.Tensor
+
+
+@triton.jit
+def _down_backward_tile(
+    grad, w, w_desc, pre_activation, weights, order, grad_pre_activation, weighted, parts,
+    expert, first, end, col, block, slots, stride_gm, stride_gk, stride_we, stride_wn, stride_wk,
+    stride_wt, stride_wj,
+    I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, W_ROWS: tl.constexpr,
+):  # fmt: skip
+    row = first + tl.arange(0, BLOCK_M)
+    slot = tl.load(order + tl.minimum(row, end - 1))
+    token = slot // TOP_K
+    cols = col + tl.arange(0, BLOCK_N)
+    acc = accumulate(
+        grad, w, w_desc, token, tl.minimum(cols, I - 1), expert, col, H,
+        stride_gm, stride_gk, stride_we, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, 1,
+    )  # fmt: skip
+    cols = cols[None, :]
+    inside = (row < end)[:, None] & (cols < I)
+    at = row.to(tl.int64)[:, None] * (2 * I) + cols
+    gate = tl.load(pre_activation + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(pre_activation + at + I, mask=inside, other=0.0).to(tl.float32)
+    activated, slope = activate_with_slope(gate, ACTIVATION)
+    part = tl.sum(tl.where(inside, acc * activated * up, 0.0), 1)
+    tl.store(parts + block.to(tl.int64) * slots + slot, part, mask=row < end)
+
+    weight = tl.load(weights + token * stride_wt + slot % TOP_K * stride_wj).to(tl.float32)[:, None]
+    acc *= weight
+    dtype = grad_pre_activation.dtype.element_ty
+    tl.store(grad_pre_activation + at, (acc * up * slope).to(dtype), mask=inside)
+    tl.store(grad_pre_activation + at + I, (acc * activated).to(dtype), mask=inside)
+    if weighted is not None:
+        at = weighted + row.to(tl.int64)[:, None] * I + cols
+        tl.store(at, (weight * activated * up).to(dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _down_backward_kernel(
+    # pointers
+    grad, w, w_desc, pre_activation, weights, order, tiles, grad_pre_activation, weighted, parts,
+    # sizes
+    slots, I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
+    # strides
+    stride_gm, stride_gk, stride_we, stride_wn, stride_wk, stride_wt, stride_wj,
+    # meta
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, W_ROWS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles * cdiv(I, BLOCK_N),): one tile of rows, BLOCK_N columns of the intermediate size.
+
+    grad (T, H), w (E, I, H) as a view of down_proj, pre_activation and grad_pre_activation (S, 2I), weights (T, k),
+    weighted (S, I) or None: weight * act(gate) * up, which the gradient of down_proj needs; parts (blocks, S) fp32.
+    """
+    blocks: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    tile = tiles + tl.program_id(0) // blocks * 3
+    block = tl.program_id(0) % blocks
+    expert = tl.load(tile)
+    if expert < 0:
+        return
+    first = tl.load(tile + 1)
+    end = tl.load(tile + 2)
+    if SPLIT:
+        if end - first <= BLOCK_M // 2:
+            _down_backward_tile(
+                grad, w, w_desc, pre_activation, weights, order, grad_pre_activation, weighted, parts,
+                expert, first, end, block * BLOCK_N, block, slots, stride_gm, stride_gk, stride_we, stride_wn,
+                stride_wk, stride_wt, stride_wj, I, H, TOP_K, ACTIVATION, BLOCK_M // 2, BLOCK_N, BLOCK_K, W_ROWS,
+            )  # fmt: skip
+            return
+    _down_backward_tile(
+        grad, w, w_desc, pre_activation, weights, order, grad_pre_activation, weighted, parts,
+        expert, first, end, block * BLOCK_N, block, slots, stride_gm, stride_gk, stride_we, stride_wn,
+        stride_wk, stride_wt, stride_wj, I, H, TOP_K, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS,
+    )  # fmt: skip
+
+
+def down_backward(
+    grad_output: Tensor,
+    down_proj: Tensor,
+    pre_activation: Tensor,
+    top_k_weights: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    activation: str,
+    block_m: int,
+    tile: Tile,
+    weighted: Optional[Tensor],
+):
+    """grad of pre_activation (S, 2I) and ``parts`` (blocks, S), whose sum is the gradient of top_k_weights.
+
+    Fills ``weighted`` (S, I) if given. grad_output (T, H), down_proj (E, H, I), top_k_weights (T, k), any strides.
+    """
+    hidden, width = down_proj.shape[1:]
+    blocks = triton.cdiv(width, tile.block_n)
+    grad_pre_activation = torch.empty_like(pre_activation)
+    parts = torch.empty(blocks, order.numel(), dtype=torch.float32, device=order.device)
+    operand = weight_operand(down_proj.transpose(1, 2), tile)
+    _down_backward_kernel[(tiles.shape[0] * blocks,)](
+        grad_output, operand.data, operand.descriptor, pre_activation, top_k_weights, order, tiles,
+        grad_pre_activation, weighted, parts, order.numel(), width, hidden, top_k_weights.shape[1], activation,
+        *grad_output.stride(), *operand.strides, *top_k_weights.stride(),
+        BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, W_ROWS=operand.w_rows, SPLIT=block_m >= 128,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return grad_pre_activation, parts

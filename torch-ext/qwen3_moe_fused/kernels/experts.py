@@ -1,0 +1,93 @@
+"""The experts layer as a plan of launches; ``..experts`` describes it, each kernel has a file of its own."""
+
+from typing import Tuple
+
+import torch
+
+from ..tiling import choose
+from .combine import combine, sum_parts
+from .down_backward import down_backward
+from .gate_up import gate_up
+from .linear import linear_tiles
+from .routing import routing, tile_table
+from .weight_grad import weight_grad_rows
+
+Tensor = torch.Tensor
+
+
+def experts_forward(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    activation: str,
+    save: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out (T, H), pre_activation (S, 2I) or (0, 2I), order (S,), m_sizes (E,)."""
+    experts, hidden, width = down_proj.shape
+    top_k_index = top_k_index.contiguous()
+    slots, k = top_k_index.numel(), top_k_index.shape[1]
+    tiling = choose(slots, experts, hidden_states.dtype, hidden_states.device)
+    order, m_sizes, _, tiles = routing(top_k_index, experts, tiling.block_m)
+
+    pre_activation = hidden_states.new_empty(slots if save else 0, 2 * width)
+    saved = pre_activation if save else None
+    tile = tiling.gate_up.fit(width, hidden)
+    block_m = tiling.block_m
+    intermediate = gate_up(hidden_states, gate_up_proj, order, tiles, k, activation, block_m, tile, saved)
+    out_slots = hidden_states.new_empty(slots, hidden)
+    linear_tiles(intermediate, down_proj, tiles, block_m, tiling.linear.fit(hidden, width), out_slots, order)
+    out = combine(out_slots, top_k_weights, top_k_index, experts)
+    return out, pre_activation, order, m_sizes
+
+
+def experts_backward(
+    grad_output: Tensor,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    pre_activation: Tensor,
+    order: Tensor,
+    m_sizes: Tensor,
+    activation: str,
+    hidden_states_grad: bool,
+    gate_up_proj_grad: bool,
+    down_proj_grad: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden_states, top_k_weights, gate_up_proj, down_proj; those not asked for have size 0."""
+    experts, hidden, width = down_proj.shape
+    top_k_index = top_k_index.contiguous()
+    slots, k = top_k_index.numel(), top_k_index.shape[1]
+    tiling = choose(slots, experts, hidden_states.dtype, hidden_states.device)
+    block_m = tiling.block_m
+    offsets, tiles = tile_table(m_sizes, slots, block_m, rest=-1)
+
+    weighted = hidden_states.new_empty(slots, width) if down_proj_grad else None
+    grad_pre_activation, parts = down_backward(
+        grad_output, down_proj, pre_activation, top_k_weights, order, tiles, activation, block_m,
+        tiling.down_backward.fit(width, hidden), weighted,
+    )  # fmt: skip
+    grad_weights = sum_parts(parts, top_k_index, experts, torch.empty_like(top_k_weights))
+
+    grad_hidden_states = hidden_states.new_empty(0, hidden)
+    grad_gate_up_proj, grad_down_proj = gate_up_proj.new_empty(0), down_proj.new_empty(0)
+    wgrad_m, wgrad = tiling.weight_grad_block_m, tiling.weight_grad
+    if down_proj_grad:
+        grad_down_proj = weight_grad_rows(
+            grad_output, weighted, offsets, wgrad_m, wgrad.fit(hidden, width), order, k, grad_by_token=True
+        )
+        del weighted
+    if gate_up_proj_grad:
+        grad_gate_up_proj = weight_grad_rows(
+            grad_pre_activation, hidden_states, offsets, wgrad_m, wgrad.fit(2 * width, hidden), order, k,
+            x_by_token=True,
+        )  # fmt: skip
+    if hidden_states_grad:
+        grad_slots = hidden_states.new_empty(slots, hidden)
+        tile = tiling.linear.fit(hidden, 2 * width)
+        linear_tiles(grad_pre_activation, gate_up_proj.transpose(1, 2), tiles, block_m, tile, grad_slots, order)
+        grad_hidden_states = combine(grad_slots, None, top_k_index, experts)
+    return grad_hidden_states, grad_weights, grad_gate_up_proj, grad_down_proj

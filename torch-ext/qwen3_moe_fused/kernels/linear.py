@@ -1,0 +1,111 @@
+"""Grouped linear: out[row] = w[expert of row] @ a[row], for rows sorted by expert.
+
+Three uses: ``moe_fused_linear`` and its gradient (rows in, rows out), the down projection and the gradient of
+hidden_states (rows in, one row a slot out, so that ``combine`` can add a token's slots in a fixed order).
+"""
+
+from typing import Optional
+
+import torch
+import triton
+import triton.language as tl
+
+from ..tiling import Tile, choose
+from .product import accumulate, weight_operand
+from .routing import tile_table
+
+Tensor = torch.Tensor
+
+
+@triton.jit
+def _linear_tile(
+    a, w, w_desc, out, scatter, expert, first, end, col,
+    stride_am, stride_ak, stride_we, stride_wn, stride_wk,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    W_ROWS: tl.constexpr,
+):  # fmt: skip
+    row = first + tl.arange(0, BLOCK_M)
+    cols = col + tl.arange(0, BLOCK_N)
+    valid = tl.minimum(row, end - 1)
+    acc = accumulate(
+        a, w, w_desc, valid, tl.minimum(cols, N - 1), expert, col, K,
+        stride_am, stride_ak, stride_we, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, 1,
+    )  # fmt: skip
+    if scatter is not None:
+        row_out = tl.load(scatter + valid)
+    else:
+        row_out = row
+    at = out + row_out.to(tl.int64)[:, None] * N + cols[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=(row < end)[:, None] & (cols < N)[None, :])
+
+
+@triton.jit
+def _linear_kernel(
+    # pointers
+    a, w, w_desc, out, scatter, tiles,
+    # sizes
+    N: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+    # strides
+    stride_am, stride_ak, stride_we, stride_wn, stride_wk,
+    # meta
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, W_ROWS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles * cdiv(N, BLOCK_N),): one tile of rows, BLOCK_N columns.
+
+    a (M, K), w (E, N, K), out (M, N); scatter (M,) or None: row i goes to out[scatter[i]]. Tiles of "expert" E get
+    zeros. With SPLIT, a tile with at most half its rows computes only half: an expert's last tile seldom is full.
+    """
+    blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile = tiles + tl.program_id(0) // blocks * 3
+    col = tl.program_id(0) % blocks * BLOCK_N
+    expert = tl.load(tile)
+    if expert < 0:
+        return
+    first = tl.load(tile + 1)
+    end = tl.load(tile + 2)
+    if expert == E:
+        row = first + tl.arange(0, BLOCK_M)
+        cols = col + tl.arange(0, BLOCK_N)
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), out.dtype.element_ty)
+        at = out + row.to(tl.int64)[:, None] * N + cols[None, :]
+        tl.store(at, zeros, mask=(row < end)[:, None] & (cols < N)[None, :])
+        return
+    if SPLIT:
+        if end - first <= BLOCK_M // 2:
+            _linear_tile(
+                a, w, w_desc, out, scatter, expert, first, end, col, stride_am, stride_ak, stride_we, stride_wn,
+                stride_wk, N, K, BLOCK_M // 2, BLOCK_N, BLOCK_K, W_ROWS,
+            )  # fmt: skip
+            return
+    _linear_tile(
+        a, w, w_desc, out, scatter, expert, first, end, col, stride_am, stride_ak, stride_we, stride_wn,
+        stride_wk, N, K, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS,
+    )  # fmt: skip
+
+
+def linear_tiles(
+    a: Tensor, weight: Tensor, tiles: Tensor, block_m: int, tile: Tile, out: Tensor, scatter: Optional[Tensor] = None
+) -> Tensor:
+    """Fills ``out`` (M, N) with rows of a (M, K) times their expert's matrix; row i to ``out[scatter[i]]`` if given."""
+    experts, n, k = weight.shape
+    operand = weight_operand(weight, tile)
+    grid = (tiles.shape[0] * triton.cdiv(n, tile.block_n),)
+    _linear_kernel[grid](
+        a, operand.data, operand.descriptor, out, scatter, tiles, n, k, experts, *a.stride(), *operand.strides,
+        BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, W_ROWS=operand.w_rows, SPLIT=block_m >= 128,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def linear(input: Tensor, weight: Tensor, m_sizes: Tensor) -> Tensor:
+    """out (M, N): each expert's rows of input (M, K) times its own matrix of weight (E, N, K)."""
+    experts, n, k = weight.shape
+    rows = input.shape[0]
+    out = input.new_empty(rows, n)
+    if out.numel():
+        tiling = choose(rows, experts, input.dtype, input.device)
+        _, tiles = tile_table(m_sizes, rows, tiling.block_m, rest=experts)
+        linear_tiles(input, weight, tiles, tiling.block_m, tiling.linear.fit(n, k), out)
+    return out

@@ -1,0 +1,106 @@
+"""The inner loop all grouped kernels share: rows of a times one expert's matrix, accumulated in fp32.
+
+Rows are read through pointers, so they may lie anywhere (``rows`` holds their numbers) and a gather costs nothing
+extra. Weights are read through pointers too or, where the card has a tensor memory accelerator, through a
+descriptor: one thread then moves a whole tile, which frees the registers that addresses would take.
+
+Rows and columns past the end are clamped, not masked: they repeat valid data, and the store leaves them out.
+Only a ragged end of the summed dimension needs zeros.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..tiling import Tile
+
+Tensor = torch.Tensor
+
+
+@triton.jit
+def accumulate(
+    # pointers
+    a, w, w_desc,
+    # where
+    rows, cols, expert, col,
+    # sizes
+    K: tl.constexpr,
+    # strides
+    stride_am, stride_ak, stride_we, stride_wn, stride_wk,
+    # meta
+    BLOCK_M: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr, W_ROWS: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """sum_k a[rows, k] * w[expert, cols, k] -> (BLOCK_M, COLS) fp32.
+
+    rows (BLOCK_M,) and cols (COLS,) are valid numbers. With w_desc, cols is HALVES runs that start at ``col`` of
+    each half of w; W_ROWS says whether w lies in memory as (E, N, K) or as (E, K, N).
+    """
+    k = tl.arange(0, BLOCK_K)
+    a_tile = a + rows.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
+    w_tile = w + expert.to(tl.int64) * stride_we + cols[None, :] * stride_wn + k[:, None] * stride_wk
+    acc = tl.zeros((BLOCK_M, COLS), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            x = tl.load(a_tile)
+        else:
+            x = tl.load(a_tile, mask=k[None, :] < K - first, other=0.0)
+        if w_desc is None:
+            if K % BLOCK_K == 0:
+                y = tl.load(w_tile)
+            else:
+                y = tl.load(w_tile, mask=k[:, None] < K - first, other=0.0)
+            w_tile += BLOCK_K * stride_wk
+        elif W_ROWS:
+            y = tl.reshape(w_desc.load([expert * HALVES, col, first]), (COLS, BLOCK_K)).T
+        else:
+            y = tl.reshape(w_desc.load([expert, first, col]), (BLOCK_K, COLS))
+        acc = tl.dot(x, y, acc, input_precision="ieee")
+        a_tile += BLOCK_K * stride_ak
+    return acc
+
+
+class Weight(NamedTuple):
+    """An expert weight (E, N, K) as the kernels take it: pointer, descriptor or None, strides, layout."""
+
+    data: Tensor
+    descriptor: Optional[TensorDescriptor]
+    strides: tuple
+    w_rows: bool
+
+
+def weight_operand(weight: Tensor, tile: Tile, halves: int = 1) -> Weight:
+    """Chooses how a kernel reads ``weight`` (E, N, K), any strides. With two halves, N holds gate rows, then up rows.
+
+    A descriptor needs compute capability 9.0, one dimension of stride 1, the others multiples of 16 bytes, and an
+    address that is one too. Anything else goes through pointers.
+    """
+    w_rows = weight.stride(2) == 1 or weight.stride(1) != 1
+    stored = weight if w_rows else weight.transpose(1, 2)
+    descriptor = None
+    if _has_tma(weight.device) and _tma_can_read(stored) and (w_rows or halves == 1):
+        experts, rows, cols = stored.shape
+        block = [1, tile.block_n, tile.block_k] if w_rows else [1, tile.block_k, tile.block_n]
+        shape, strides = [experts, rows, cols], list(stored.stride())
+        if halves == 2:
+            shape, strides[0], block[0] = [experts * 2, rows // 2, cols], rows // 2 * strides[1], 2
+        if halves == 1 or stored.stride(0) == rows * stored.stride(1):
+            descriptor = TensorDescriptor(stored, shape, strides, block)
+    return Weight(weight, descriptor, weight.stride(), w_rows)
+
+
+def _has_tma(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _tma_can_read(stored: Tensor) -> bool:
+    step = 16 // stored.element_size()
+    return (
+        stored.stride(2) == 1
+        and stored.stride(0) % step == 0
+        and stored.stride(1) % step == 0
+        and stored.stride(1) >= stored.shape[2]
+        and stored.data_ptr() % 16 == 0
+    )

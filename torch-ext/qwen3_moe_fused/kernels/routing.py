@@ -1,0 +1,128 @@
+"""Routing: a stable counting sort of the slots by expert, and the tile table, in one launch.
+
+One program an expert. Each reads all S ids twice: once to count the slots before and of its own expert, once to
+write them down. It needs nothing from its neighbours, so there is no second launch, no atomic and no order that
+could change between runs; the ids stay in L2, so that the E readings cost less than a launch.
+
+The table needs no neighbours either: tiles of expert e start at entry ``offsets[e] // BLOCK_M + e``. Since
+``ceil(n / b) <= (o + n) // b - o // b + 1``, the runs of entries never overlap, and at most one entry stays
+unused between two of them.
+"""
+
+from typing import Tuple
+
+import torch
+import triton
+import triton.language as tl
+
+Tensor = torch.Tensor
+
+
+@triton.jit
+def _write_tiles(tiles, label, index, start, end, capacity, last, BLOCK_M: tl.constexpr):
+    """The run of entries of expert ``index``: (label, first row, end), then -1 up to the next run or the end."""
+    entry = start // BLOCK_M + index
+    count = (end - start + BLOCK_M - 1) // BLOCK_M
+    stop = tl.where(last, capacity, end // BLOCK_M + index + 1)
+    step = tl.arange(0, 128)
+    for i in range(0, stop - entry, 128):
+        at = entry + i + step
+        inside = at < stop
+        used = (i + step < count) & (label >= 0)
+        tl.store(tiles + at * 3, tl.where(used, label, -1), mask=inside)
+        tl.store(tiles + at * 3 + 1, tl.where(used, start + (i + step) * BLOCK_M, -1), mask=inside)
+        tl.store(tiles + at * 3 + 2, tl.where(used, end, -1), mask=inside)
+
+
+@triton.jit(do_not_specialize=["slots", "capacity"])
+def _routing_kernel(
+    # pointers
+    ids, order, m_sizes, offsets, tiles,
+    # sizes
+    slots, capacity, E: tl.constexpr,
+    # meta
+    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (E+1,): one expert; the last takes the slots to skip. ids (S,), order (S,), tiles (capacity, 3)."""
+    expert = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    before = tl.zeros((BLOCK,), tl.int32)
+    mine = tl.zeros((BLOCK,), tl.int32)
+    for i in range(0, slots, BLOCK):
+        at = tl.load(ids + i + lane, mask=i + lane < slots, other=E + 1).to(tl.int32)
+        at = tl.where((at < 0) | ((at > E) & (i + lane < slots)), E, at)
+        before += (at < expert).to(tl.int32)
+        mine += (at == expert).to(tl.int32)
+    start = tl.sum(before, 0)
+    count = tl.sum(mine, 0)
+
+    tl.store(offsets + expert, start)
+    if expert < E:
+        tl.store(m_sizes + expert, count)
+    _write_tiles(tiles, tl.where(expert < E, expert, -1), expert, start, start + count, capacity, expert == E, BLOCK_M)
+
+    row = start
+    for i in range(0, slots, BLOCK):
+        at = tl.load(ids + i + lane, mask=i + lane < slots, other=E + 1).to(tl.int32)
+        at = tl.where((at < 0) | ((at > E) & (i + lane < slots)), E, at)
+        hit = (at == expert).to(tl.int32)
+        rank = tl.cumsum(hit, 0)
+        tl.store(order + row + rank - 1, i + lane, mask=hit != 0)
+        row += tl.sum(hit, 0)
+
+
+@triton.jit(do_not_specialize=["rows", "capacity"])
+def _tile_table_kernel(
+    # pointers
+    m_sizes, offsets, tiles,
+    # sizes
+    rows, capacity, rest, E: tl.constexpr,
+    # strides
+    stride_m_sizes,
+    # meta
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Grid (E+1,): one expert; the last takes the rows behind the last expert. m_sizes (E,), tiles (capacity, 3)."""
+    expert = tl.program_id(0)
+    lane = tl.arange(0, BLOCK_E)
+    sizes = tl.load(m_sizes + lane * stride_m_sizes, mask=lane < E, other=0).to(tl.int64)
+    sizes = tl.maximum(sizes, 0)
+    start = tl.minimum(tl.sum(tl.where(lane < expert, sizes, 0), 0), rows).to(tl.int32)
+    end = tl.minimum(tl.sum(tl.where(lane <= expert, sizes, 0), 0), rows).to(tl.int32)
+    tl.store(offsets + expert, start)
+    end = tl.where(expert < E, end, rows)
+    _write_tiles(tiles, tl.where(expert < E, expert, rest), expert, start, end, capacity, expert == E, BLOCK_M)
+
+
+def routing(top_k_index: Tensor, num_experts: int, block_m: int) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """order (S,), m_sizes (E,), offsets (E+1,), tiles (S // block_m + E + 1, 3), all int32."""
+    ids = top_k_index.reshape(-1)
+    slots = ids.numel()
+    capacity = slots // block_m + num_experts + 1
+    order, m_sizes, offsets, tiles = (
+        torch.empty(shape, dtype=torch.int32, device=ids.device)
+        for shape in (slots, num_experts, num_experts + 1, (capacity, 3))
+    )
+    block = 1024 if slots <= 8192 else 4096
+    _routing_kernel[(num_experts + 1,)](
+        ids, order, m_sizes, offsets, tiles, slots, capacity, num_experts,
+        BLOCK_M=block_m, BLOCK=block, num_warps=block // 256,
+    )  # fmt: skip
+    return order, m_sizes, offsets, tiles
+
+
+def tile_table(m_sizes: Tensor, rows: int, block_m: int, rest: int) -> Tuple[Tensor, Tensor]:
+    """offsets (E+1,) and tiles (rows // block_m + E + 1, 3), int32; rows behind the last expert are labelled
+    ``rest``, or belong to no tile if that is -1.
+
+    Negative sizes count as zero, and offsets stop at ``rows``: a wrong ``m_sizes`` cannot lead out of bounds.
+    """
+    experts = m_sizes.numel()
+    capacity = rows // block_m + experts + 1
+    offsets = torch.empty(experts + 1, dtype=torch.int32, device=m_sizes.device)
+    tiles = torch.empty(capacity, 3, dtype=torch.int32, device=m_sizes.device)
+    _tile_table_kernel[(experts + 1,)](
+        m_sizes, offsets, tiles, rows, capacity, rest, experts, m_sizes.stride(0),
+        BLOCK_M=block_m, BLOCK_E=triton.next_power_of_2(experts),
+    )  # fmt: skip
+    return offsets, tiles
