@@ -1,0 +1,53 @@
+# Everything runs in .venv, which the first call makes (a few minutes). Needs Python 3.11 or newer.
+PYTHON ?= python3
+REPO := org/qwen3-moe-fused
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+TRITON := triton==3.6.0; platform_system == "Linux"
+
+.PHONY: help test demo build lint clean
+
+help:
+	@echo "make demo   fine-tune a small Qwen3-MoE with the kernel; ARGS=... goes to examples/finetune.py"
+	@echo "make test   build the kernel, lint, run every test"
+	@echo "make build  build the kernel into build/ and load it"
+	@echo "make lint   ruff check and ruff format --check"
+	@echo "make clean  remove what the others made"
+
+test: build lint .compat/ready
+	@echo "== Tests: transformers and kernels of requirements.txt"
+	@$(BIN)/python -m pytest $(ARGS)
+	@echo "== Tests: transformers and kernels of requirements-compat.txt, with the same build"
+	@PYTHONPATH=.compat $(BIN)/python -m pytest -m compat --kernel-dir . $(ARGS)
+
+demo: build
+	@LOCAL_KERNELS="$(REPO)=$(CURDIR)" $(BIN)/python examples/finetune.py $(ARGS)
+
+build: .venv/ready
+	@echo "== Building the kernel"
+	@$(BIN)/python scripts/build_kernel.py
+
+lint: .venv/ready
+	@echo "== Linting"
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+
+# PyTorch first: resolved among the others, it would arrive with CUDA even where a CPU build is at hand.
+.venv/ready: requirements.txt integration/pyproject.toml
+	@echo "== Setting up .venv, once: PyTorch ..."
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install "$$(grep ^torch== requirements.txt)"
+	@$(BIN)/python -c "import torch; raise SystemExit(torch.version.cuda is None)" || $(PIP) install '$(TRITON)'
+	@echo "== Setting up .venv, once: requirements.txt and the integration ..."
+	@$(PIP) install -r requirements.txt
+	@$(PIP) install --no-deps --editable integration
+	@touch $@
+
+.compat/ready: requirements-compat.txt .venv/ready
+	@echo "== Setting up .compat, once: the oldest supported transformers and kernels ..."
+	@rm -rf .compat
+	@$(PIP) install --target .compat --no-deps -r requirements-compat.txt
+	@touch $@
+
+clean:
+	@rm -rf .venv .compat build outputs

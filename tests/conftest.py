@@ -1,0 +1,50 @@
+"""Fixtures every test shares: the kernel as a user gets it (built, then loaded by ``kernels``), devices and dtypes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kernel-dir", type=Path, help="folder that holds build/ (default: the tests build their own)")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def kernel_dir(request, tmp_path_factory) -> Path:
+    """A folder with ``build/``, built from this tree: what ``LOCAL_KERNELS`` and ``get_local_kernel`` take."""
+    given = request.config.getoption("--kernel-dir")
+    if given:
+        return given.resolve()
+    import build_kernel
+
+    folder = tmp_path_factory.mktemp("kernel")
+    build_kernel.build(ROOT, folder / "build")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kernel(kernel_dir):
+    """The built kernel's module, for the device this machine has."""
+    from kernels import get_local_kernel
+
+    return get_local_kernel(kernel_dir)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def dtype(request) -> torch.dtype:
+    return request.param
