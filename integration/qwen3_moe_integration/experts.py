@@ -1,0 +1,48 @@
+"""The kernel as an experts implementation of Transformers, for every model whose experts follow that interface.
+
+Transformers calls the function in place of an experts module's ``forward``. Experts that the kernel cannot compute
+run as they would without it, and one warning says why.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Optional
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.utils import logging
+
+EXPERTS_IMPLEMENTATION = "qwen3_moe_fused"
+STOCK_IMPLEMENTATION = "grouped_mm"  # what Transformers takes when it is asked for none
+
+logger = logging.get_logger(__name__)
+
+
+def experts_function(kernel: ModuleType) -> Callable:
+    """The function to register: ``function(experts, hidden_states, top_k_index, top_k_weights) -> (T, H)``."""
+    layer, stock = kernel.layers.Qwen3MoeExperts, ALL_EXPERTS_FUNCTIONS[STOCK_IMPLEMENTATION]
+
+    def qwen3_moe_fused(
+        experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        reason = _unlike_transformers(experts) or kernel.unsupported_reason(experts)
+        if reason is None:
+            return layer.forward(experts, hidden_states, top_k_index, top_k_weights)
+        logger.warning_once(
+            f"{type(experts).__name__} runs on Transformers' {STOCK_IMPLEMENTATION} instead of "
+            f"{EXPERTS_IMPLEMENTATION}: {reason}"
+        )
+        return stock(experts, hidden_states, top_k_index, top_k_weights)
+
+    return qwen3_moe_fused
+
+
+def _unlike_transformers(experts: nn.Module) -> Optional[str]:
+    """What the kernel cannot see in a module's tensors and flags, as it does not know Transformers."""
+    if type(experts)._apply_gate is not _default_apply_gate:
+        return "it gates its projections in a way of its own"
+    if any(isinstance(parameter, DTensor) for parameter in experts.parameters(recurse=False)):
+        return "its weights are sharded tensors"
+    return None
