@@ -1,0 +1,39 @@
+"""moe_fused_linear and its gradients through the Triton kernels."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from .. import strategies
+from ..agreement import assert_linear_agrees
+from ..problems import BALANCES, LAYOUTS, LinearProblem
+
+PROBLEMS = [
+    *(LinearProblem(M=40, N=33, K=65, E=5, imbalance=imbalance) for imbalance in BALANCES),
+    LinearProblem(M=30, N=1),
+    LinearProblem(M=30, K=1),
+    LinearProblem(M=1),
+    LinearProblem(M=0),
+    LinearProblem(M=300, E=2, N=17, K=17),
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=repr)
+def test_each_row_meets_the_matrix_of_its_expert(triton_kernel, problem, dtype):
+    assert_linear_agrees(triton_kernel, problem, "cpu", dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_any_strides_give_the_same(triton_kernel, layout):
+    layouts = {"input": layout, "weight": layout, "grad_output": layout}
+    assert_linear_agrees(triton_kernel, LinearProblem(), "cpu", torch.float32, layouts)
+
+
+@settings(max_examples=8)
+@given(
+    strategies.linear_problems(most_rows=40, widest=40),
+    strategies.dtypes(torch.float32, torch.float16),
+    strategies.linear_layouts(),
+)
+def test_any_problem_agrees_with_the_oracle(triton_kernel, problem, dtype, layouts):
+    assert_linear_agrees(triton_kernel, problem, "cpu", dtype, layouts)

@@ -1,0 +1,154 @@
+"""The problems the tests pose: sizes, an imbalance between the experts, and how tensors lie in memory.
+
+A problem's repr is its test id. Every draw is fresh and prints the problem with its seed, so that a failing test
+shows the line that draws the same tensors again.
+"""
+
+import secrets
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, Optional
+
+import torch
+
+from .poison import POISON
+
+Tensor = torch.Tensor
+
+BALANCES = ("random", "one_takes_all", "one_row_each", "some_empty")
+SKIPPING = ("some_skipped", "all_skipped")
+LAYOUTS = ("contiguous", "transposed", "padded", "expanded")
+
+FEW = 24
+"""Below this many elements a tensor's sums may all cancel, and no rounding error is small beside what is left; such
+problems are drawn positive, where nothing cancels."""
+
+
+class _Drawn:
+    """What the problems share: a repr that leaves out defaults, and draws that tell their seed."""
+
+    def __repr__(self) -> str:
+        changed = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    def generator(self, device: str) -> torch.Generator:
+        seed = secrets.randbelow(2**31) if self.seed is None else self.seed
+        print(f"drawn on {device}: {replace(self, seed=seed)}")
+        return torch.Generator(device).manual_seed(seed)
+
+    def normal(self, generator: torch.Generator, dtype: torch.dtype, *shape: int, fan_in: int = 1) -> Tensor:
+        """Normal numbers, scaled so that a sum over ``fan_in`` of them times normal ones is about 1."""
+        numbers = torch.randn(shape, generator=generator, device=generator.device)
+        numbers = numbers.abs_().div_(max(fan_in, 1)) if self.few() else numbers.div_(max(fan_in, 1) ** 0.5)
+        return numbers.to(dtype)
+
+
+class ExpertsInputs(NamedTuple):
+    """The tensors of ``fused_experts``, in its order, and a gradient for its result."""
+
+    hidden_states: Tensor
+    top_k_index: Tensor
+    top_k_weights: Tensor
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    grad_output: Tensor
+
+
+@dataclass(frozen=True, repr=False)
+class Problem(_Drawn):
+    """An experts layer: T tokens, k experts a token, E experts, H hidden, I intermediate."""
+
+    T: int = 13
+    k: int = 2
+    E: int = 4
+    H: int = 24
+    I: int = 16
+    imbalance: str = "random"
+    activation: str = "silu"
+    seed: Optional[int] = None
+
+    def few(self) -> bool:
+        return min(self.T * self.k, self.T * self.H, self.H * self.I) < FEW
+
+    def draw(self, device: str, dtype: torch.dtype, weights_dtype: Optional[torch.dtype] = None) -> ExpertsInputs:
+        """``weights_dtype`` is that of top_k_weights, by default ``dtype``."""
+        g = self.generator(device)
+        weights = torch.rand(self.T, self.k, generator=g, device=g.device).add_(0.1)
+        return ExpertsInputs(
+            self.normal(g, dtype, self.T, self.H),
+            choose_experts(self.imbalance, self.T, self.k, self.E, g),
+            weights.to(weights_dtype or dtype),
+            self.normal(g, dtype, self.E, 2 * self.I, self.H, fan_in=self.H),
+            self.normal(g, dtype, self.E, self.H, self.I, fan_in=self.I),
+            self.normal(g, dtype, self.T, self.H),
+        )
+
+
+class LinearInputs(NamedTuple):
+    """The tensors of ``moe_fused_linear``, in its order, and a gradient for its result."""
+
+    input: Tensor
+    weight: Tensor
+    m_sizes: Tensor
+    grad_output: Tensor
+
+
+@dataclass(frozen=True, repr=False)
+class LinearProblem(_Drawn):
+    """A grouped linear layer: M rows, E matrices of (N, K)."""
+
+    M: int = 29
+    N: int = 24
+    K: int = 16
+    E: int = 4
+    imbalance: str = "random"
+    seed: Optional[int] = None
+
+    def few(self) -> bool:
+        return min(self.M * self.N, self.M * self.K, self.N * self.K) < FEW
+
+    def draw(self, device: str, dtype: torch.dtype) -> LinearInputs:
+        g = self.generator(device)
+        experts = choose_experts(self.imbalance, self.M, 1, self.E, g).flatten()
+        return LinearInputs(
+            self.normal(g, dtype, self.M, self.K),
+            self.normal(g, dtype, self.E, self.N, self.K, fan_in=self.K),
+            torch.bincount(experts, minlength=self.E).int(),
+            self.normal(g, dtype, self.M, self.N),
+        )
+
+
+def choose_experts(imbalance: str, rows: int, k: int, experts: int, generator: torch.Generator) -> Tensor:
+    """(rows, k) int64: the experts each row goes to."""
+    device = generator.device
+    if imbalance == "one_takes_all":
+        return torch.full((rows, k), experts - 1, device=device)
+    if imbalance == "one_row_each":  # as even as can be: exactly one row each when rows * k == experts
+        return (torch.arange(rows * k, device=device) % experts).flip(0).view(rows, k)
+    if imbalance == "some_empty":
+        return torch.randint((experts + 1) // 2, (rows, k), generator=generator, device=device) * 2
+    if imbalance == "all_skipped":
+        return torch.full((rows, k), experts, device=device)
+    distinct = torch.rand(rows, experts, generator=generator, device=device).argsort(dim=1)[:, :k].contiguous()
+    if imbalance == "some_skipped":
+        skipped = torch.rand(rows, k, generator=generator, device=device) < 0.4
+        skipped[:1] = True  # one token is skipped altogether
+        return distinct.masked_fill(skipped, experts)
+    return distinct
+
+
+def lay_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values (for "expanded", the first row's or matrix's) with other strides.
+
+    "padded" cuts the tensor out of a larger one that is NaN everywhere else: whoever reads outside gets a NaN.
+    """
+    if layout == "transposed" and tensor.dim() > 1:
+        return tensor.transpose(-2, -1).contiguous().transpose(-2, -1)
+    if layout == "padded":
+        fill = float("nan") if tensor.is_floating_point() else POISON
+        inside = tuple(slice(1, size + 1) for size in tensor.shape)
+        around = torch.full([size + 3 for size in tensor.shape], fill, dtype=tensor.dtype, device=tensor.device)
+        around[inside] = tensor
+        return around[inside]
+    if layout == "expanded" and tensor.shape[0]:
+        return tensor[:1].expand_as(tensor)
+    return tensor

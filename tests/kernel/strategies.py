@@ -1,0 +1,53 @@
+"""What hypothesis draws: problems of any shape and balance, and a layout for every argument."""
+
+import torch
+from hypothesis import strategies as st
+
+from .oracle import ACTIVATIONS
+from .problems import BALANCES, LAYOUTS, SKIPPING, ExpertsInputs, LinearInputs, LinearProblem, Problem
+
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def dtypes(*names: torch.dtype) -> st.SearchStrategy[torch.dtype]:
+    return st.sampled_from(names)
+
+
+@st.composite
+def expert_problems(draw: st.DrawFn, most_tokens: int = 40, widest: int = 70) -> Problem:
+    experts = draw(st.integers(1, 9))
+    return Problem(
+        T=draw(st.integers(0, most_tokens)),
+        k=draw(st.integers(1, min(experts, 4))),
+        E=experts,
+        H=draw(st.integers(1, widest)),
+        I=draw(st.integers(1, widest)),
+        imbalance=draw(st.sampled_from(BALANCES + SKIPPING)),
+        activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
+        seed=draw(SEEDS),
+    )
+
+
+@st.composite
+def linear_problems(draw: st.DrawFn, most_rows: int = 80, widest: int = 70) -> LinearProblem:
+    return LinearProblem(
+        M=draw(st.integers(0, most_rows)),
+        N=draw(st.integers(1, widest)),
+        K=draw(st.integers(1, widest)),
+        E=draw(st.integers(1, 9)),
+        imbalance=draw(st.sampled_from(BALANCES)),
+        seed=draw(SEEDS),
+    )
+
+
+def expert_layouts() -> st.SearchStrategy[dict[str, str]]:
+    return _layouts(ExpertsInputs._fields)
+
+
+def linear_layouts() -> st.SearchStrategy[dict[str, str]]:
+    """All but an expanded m_sizes, which would not sum to M."""
+    return _layouts(LinearInputs._fields, m_sizes=("contiguous", "padded"))
+
+
+def _layouts(names: tuple[str, ...], **narrowed: tuple[str, ...]) -> st.SearchStrategy[dict[str, str]]:
+    return st.fixed_dictionaries({name: st.sampled_from(narrowed.get(name, LAYOUTS)) for name in names})
