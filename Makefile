@@ -5,16 +5,17 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TRITON := triton==3.6.0; platform_system == "Linux"
 
-.PHONY: help test demo build lint clean
+.PHONY: help test demo build lint publish clean
 
 help:
-	@echo "make demo   fine-tune a small Qwen3-MoE with the kernel; ARGS=... goes to examples/finetune.py"
-	@echo "make test   build the kernel, lint, run every test"
-	@echo "make build  build the kernel into build/ and load it"
-	@echo "make lint   ruff check and ruff format --check"
-	@echo "make clean  remove what the others made"
+	@echo "make demo     fine-tune a small Qwen3-MoE with the kernel; ARGS=... goes to examples/finetune.py"
+	@echo "make test     build the kernel, lint, run every test"
+	@echo "make build    build the kernel into build/ and load it"
+	@echo "make lint     ruff check and ruff format --check"
+	@echo "make publish  build from a clean commit and put it on the Hub; ARGS='--dry-run FOLDER' only lays it out"
+	@echo "make clean    remove what the others made"
 
-test: build lint .compat/ready
+test: build lint .compat/ready .publish/ready
 	@echo "== Tests: transformers and kernels of requirements.txt"
 	@$(BIN)/python -m pytest $(ARGS)
 	@echo "== Tests: transformers and kernels of requirements-compat.txt, with the same build"
@@ -26,6 +27,9 @@ demo: build
 build: .venv/ready
 	@echo "== Building the kernel"
 	@$(BIN)/python scripts/build_kernel.py
+
+publish: .publish/ready
+	@PYTHONPATH=.publish $(BIN)/python scripts/publish_kernel.py $(ARGS)
 
 lint: .venv/ready
 	@echo "== Linting"
@@ -43,11 +47,12 @@ lint: .venv/ready
 	@$(PIP) install --no-deps --editable integration
 	@touch $@
 
-.compat/ready: requirements-compat.txt .venv/ready
-	@echo "== Setting up .compat, once: the oldest supported transformers and kernels ..."
-	@rm -rf .compat
-	@$(PIP) install --target .compat --no-deps -r requirements-compat.txt
+# A folder beside .venv, for a few packages in other versions: it goes before .venv on PYTHONPATH.
+.%/ready: requirements-%.txt .venv/ready
+	@echo "== Setting up .$*, once: $< ..."
+	@rm -rf .$*
+	@$(PIP) install --target .$* --no-deps -r $<
 	@touch $@
 
 clean:
-	@rm -rf .venv .compat build outputs
+	@rm -rf .venv .compat .publish build outputs

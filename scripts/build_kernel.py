@@ -61,9 +61,24 @@ class Revision:
         return builder | ({"kernel": {"commit": self.commit, "dirty": self.dirty}} if self.commit else {})
 
 
+def read_config(source: Path) -> dict:
+    """build.toml, which ``kernels`` has found valid.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    Build.open(source)
+    return tomllib.loads((source / "build.toml").read_text())
+
+
+def package_folder(source: Path) -> Path:
+    """Where the package's sources are."""
+    return source / "torch-ext" / read_config(source)["general"]["name"].replace("-", "_")
+
+
 def read_revision(source: Path) -> Revision:
     """The revision of ``source``; git's answer counts only when ``source`` is the top of its own checkout."""
-    files = [path for path in _package(source).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    files = [path for path in package_folder(source).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     content = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
     if not (source / ".git").exists():
         return Revision(None, False, content)
@@ -78,9 +93,7 @@ def build(source: Path, out: Path) -> list[Path]:
         ValueError: build.toml is not valid.
         BuildError: the sources break a rule of ``kernel_rules``.
     """
-    Build.open(source)
-    config = tomllib.loads((source / "build.toml").read_text())
-    package = _package(source)
+    config, package = read_config(source), package_folder(source)
     found = violations(package) if (package / "__init__.py").is_file() else ["__init__.py:1 does not exist"]
     if found:
         raise BuildError("\n".join([f"{package} breaks {len(found)} rules of kernel packages:", *found]))
@@ -137,11 +150,6 @@ def _write_variant(variant: Path, backend: str, package: Path, config: dict, rev
 
 def _digest(variant: Path) -> Digest:
     return Digest.hash_variant(DigestAlgorithm.SHA256, variant)
-
-
-def _package(source: Path) -> Path:
-    name = tomllib.loads((source / "build.toml").read_text())["general"]["name"]
-    return source / "torch-ext" / name.replace("-", "_")
 
 
 def _git(source: Path, *arguments: str) -> str:

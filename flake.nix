@@ -1,0 +1,14 @@
+{
+  description = "Fused Mixture-of-Experts layers for the Hugging Face Kernels Hub";
+
+  inputs = {
+    kernel-builder.url = "github:huggingface/kernels";
+  };
+
+  outputs =
+    { self, kernel-builder }:
+    kernel-builder.lib.genKernelFlakeOutputs {
+      inherit self;
+      path = ./.;
+    };
+}

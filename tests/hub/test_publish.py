@@ -1,0 +1,95 @@
+"""What scripts/publish_kernel.py puts on the Hub."""
+
+import json
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.hub.conftest import REPO
+
+
+def tree(repository, branch: str) -> dict[str, bytes]:
+    commit = repository.resolve(branch)
+    files = [entry["path"] for entry in repository.entries(commit, recursive=True) if entry["type"] == "file"]
+    return {path: repository.read(commit, path)[1] for path in files if path != ".gitattributes"}
+
+
+def folder(path) -> dict[str, bytes]:
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_branches_hold_what_a_dry_run_lays_out(hub, maintainer, v1, tmp_path):
+    maintainer.run(maintainer.home / "v1", "--dry-run", str(tmp_path / "trees")).check_returncode()
+    for branch in ("v1", "main"):
+        assert tree(hub.repository(REPO), branch) == folder(tmp_path / "trees" / branch)
+
+
+def test_version_branch_holds_build_and_benchmarks_alone(hub, v1):
+    paths = set(tree(hub.repository(REPO), v1))
+    sources = {path.relative_to(ROOT / "torch-ext/qwen3_moe_fused") for path in (ROOT / "torch-ext").rglob("*.py")}
+    benchmarks = {f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("benchmark*.py")}
+    builds = {
+        f"build/torch-{backend}/{file}"
+        for backend in ("cpu", "cuda")
+        for file in {*map(str, sources), "_ops.py", "metadata.json"}
+    }
+    assert builds | benchmarks <= paths
+    assert all(path.endswith(".json") for path in paths - builds - benchmarks)
+
+
+def test_metadata_names_the_commit_that_was_built(hub, maintainer, v1):
+    source = (maintainer.home / "v1/.git/refs/heads").iterdir()
+    metadata = json.loads(tree(hub.repository(REPO), v1)["build/torch-cuda/metadata.json"])
+    assert metadata["provenance"]["kernel"] == {"commit": next(source).read_text().strip(), "dirty": False}
+    assert metadata["id"] == f"_qwen3_moe_fused_cuda_{metadata['provenance']['kernel']['commit'][:7]}"
+
+
+def test_card_lists_the_public_functions_and_layers(hub, v1):
+    card = tree(hub.repository(REPO), "main")["README.md"].decode()
+    for name in ("fused_experts", "moe_fused_linear", "routing", "Qwen3MoeSparseMoeBlock", "Qwen3MoeExperts"):
+        assert f"- `{name}`" in card
+    assert f'get_kernel("{REPO}", version=1)' in card
+    assert "{{" not in card and "{%" not in card
+
+
+def test_publishing_again_commits_changes_alone_and_keeps_the_old_commit(hub, maintainer):
+    source, repo_id = maintainer.checkout("again"), "org/again"
+    first = maintainer.publish(source, repo_id)
+    assert maintainer.publish(source, repo_id) == first, "nothing changed, so nothing is committed"
+
+    package = source / "torch-ext/qwen3_moe_fused"
+    (package / "extra.py").write_text('"""A module that the next build lacks."""\n')
+    maintainer.commit(source)
+    second = maintainer.publish(source, repo_id)
+    (package / "extra.py").unlink()
+    maintainer.commit(source)
+    third = maintainer.publish(source, repo_id)
+
+    repository = hub.repository(repo_id)
+    has_extra = ["build/torch-cpu/extra.py" in tree(repository, commits["v1"]) for commits in (first, second, third)]
+    assert has_extra == [False, True, False]
+    assert first["main"] == second["main"] == third["main"], "the card did not change"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda source: (source / "torch-ext/qwen3_moe_fused/new.py").touch(), "differs from its commit"),
+        (lambda source: (source / ".git").rename(source / "git"), "is not the top of a git checkout"),
+    ],
+    ids=["uncommitted", "no git"],
+)
+def test_refuses_a_build_that_no_commit_holds(hub, maintainer, tmp_path, change, message):
+    source = maintainer.checkout(tmp_path.name)
+    change(source)
+    run = maintainer.run(source, "--repo-id", "org/refused")
+    assert run.returncode == 1
+    assert message in run.stderr
+    assert not (hub.root / "org/refused.git").exists()
+
+
+def test_without_a_token_nothing_is_published(hub, maintainer, v1):
+    run = maintainer.run(maintainer.home / "v1", "--repo-id", "org/no-token", HF_TOKEN="hf_wrong")
+    assert run.returncode == 1
+    assert "401" in run.stderr
+    assert not (hub.root / "org/no-token.git").exists()
