@@ -19,7 +19,7 @@ class Qwen3MoeExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        return fused_experts(hidden_states, top_k_index, top_k_weights, *expert_weights(self))
+        return _run(self, hidden_states, top_k_index, top_k_weights)
 
 
 class Qwen3MoeSparseMoeBlock(nn.Module):
@@ -41,5 +41,14 @@ class Qwen3MoeSparseMoeBlock(nn.Module):
         if is_wrapped(self.experts):
             out = self.experts(tokens, top_k_index, top_k_weights)
         else:
-            out = fused_experts(tokens, top_k_index, top_k_weights, *expert_weights(self.experts))
+            out = _run(self.experts, tokens, top_k_index, top_k_weights)
         return out.reshape(hidden_states.shape)
+
+
+def _run(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Computes in the dtype of the weights and returns that of ``hidden_states``, as Transformers' experts do."""
+    weights = expert_weights(experts)
+    tokens = hidden_states.to(weights.gate_up_proj.dtype)
+    return fused_experts(tokens, top_k_index, top_k_weights, *weights).to(hidden_states.dtype)

@@ -4,9 +4,11 @@ A module qualifies when it has ``gate_up_proj`` and ``down_proj`` as plain 3-D t
 the kernels know. Whatever wraps such a module (PEFT, a sharding hook) keeps the right to see the call first.
 """
 
-from typing import NamedTuple, Optional
+from types import MethodType
+from typing import NamedTuple, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 _ACTIVATIONS = {
@@ -31,26 +33,14 @@ def activation_name(act_fn) -> Optional[str]:
     """The kernels' name for an activation module or function; None if they do not know it."""
     if isinstance(act_fn, nn.GELU) and act_fn.approximate == "tanh":
         return "gelu_tanh"
+    if act_fn is F.silu:
+        return "silu"
     return _ACTIVATIONS.get(type(act_fn).__name__)
 
 
 def unsupported_reason(experts: nn.Module) -> Optional[str]:
     """Why ``fused_experts`` cannot stand in for this experts module's own forward; None if it can."""
-    for name in ("gate_up_proj", "down_proj"):
-        weight = getattr(experts, name, None)
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 3:
-            return f"it has no 3-D tensor {name}"
-    if getattr(experts, "has_bias", False):
-        return "its projections have biases"
-    if not getattr(experts, "has_gate", True):
-        return "it has no gate"
-    if not getattr(experts, "is_concatenated", True):
-        return "its gate and up rows are interleaved"
-    if getattr(experts, "has_post_expert_norm", False):
-        return "it normalises after each expert"
-    if activation_name(getattr(experts, "act_fn", None)) is None:
-        return f"its activation is {type(getattr(experts, 'act_fn', None)).__name__}"
-    return None
+    return _unsupported_reason(experts, *_projections(experts))
 
 
 def expert_weights(experts: nn.Module) -> ExpertWeights:
@@ -59,20 +49,49 @@ def expert_weights(experts: nn.Module) -> ExpertWeights:
     Raises:
         ValueError: the module is not one that ``fused_experts`` can compute; see :func:`unsupported_reason`.
     """
-    reason = unsupported_reason(experts)
+    gate_up_proj, down_proj = _projections(experts)
+    reason = _unsupported_reason(experts, gate_up_proj, down_proj)
     if reason is not None:
         raise ValueError(f"experts: {type(experts).__name__} cannot run as fused_experts: {reason}")
-    gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj
     if getattr(experts, "is_transposed", False):
         gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
     return ExpertWeights(gate_up_proj, down_proj, activation_name(experts.act_fn))
 
 
 def is_wrapped(experts: nn.Module) -> bool:
-    """Whether something stands between a caller and the weights: a PEFT layer, or hooks that must fire."""
+    """Whether something may stand between a caller and the weights.
+
+    That is a PEFT layer or a parametrization, which holds the weights itself; hooks, which must fire; or a function
+    put in the place of ``forward``, as offloading and tensor parallelism do.
+    """
     return (
-        not isinstance(getattr(experts, "gate_up_proj", None), torch.Tensor)
-        or hasattr(experts, "base_layer")
-        or bool(experts._forward_pre_hooks)
-        or bool(experts._forward_hooks)
+        "gate_up_proj" not in experts._parameters
+        or not isinstance(experts.forward, MethodType)
+        or bool(experts._forward_pre_hooks or experts._forward_hooks)
+        or bool(experts._backward_pre_hooks or experts._backward_hooks)
     )
+
+
+def _projections(experts: nn.Module) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+    """Read once a call: under a parametrization, reading computes the tensor."""
+    return getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
+
+
+def _unsupported_reason(experts: nn.Module, gate_up_proj, down_proj) -> Optional[str]:
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 3:
+            return f"it has no 3-D tensor {name}"
+        if hasattr(weight, "device_mesh"):
+            return f"its {name} is sharded (a {type(weight).__name__})"
+    if getattr(experts, "has_bias", False):
+        return "its projections have biases"
+    if not getattr(experts, "has_gate", True):
+        return "it has no gate"
+    if not getattr(experts, "is_concatenated", True):
+        return "its gate and up rows are interleaved"
+    if getattr(experts, "has_post_expert_norm", False):
+        return "it normalises after each expert"
+    act_fn = getattr(experts, "act_fn", None)
+    if activation_name(act_fn) is None:
+        return f"its activation is {getattr(act_fn, '__name__', type(act_fn).__name__)}"
+    return None
