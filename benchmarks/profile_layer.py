@@ -14,7 +14,7 @@ import sys
 from harness.environment import environment
 from harness.options import parse
 from harness.peers import load_kernel, loaders
-from harness.problem import Layer, make_inputs, make_weights, run_pass, train_weights
+from harness.problem import Layer, Weights, make_inputs, make_weights, run_pass, train_weights
 from torch.profiler import ProfilerActivity, profile
 
 CALLS = 10
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
                 train_weights(weights, which == "trained")
                 rows = profile_pass(peer.layer, which, tokens, weights, options)
                 profiles.append({"peer": peer.name, "tokens": tokens, "pass": which, "device_ops": rows})
-    text = "\n\n".join(table(profile) for profile in profiles) + "\n"
+    text = "\n\n".join(table(entry) for entry in profiles) + "\n"
     options.out.mkdir(parents=True, exist_ok=True)
     result = {"environment": environment(options.device), "profiles": profiles}
     (options.out / "profile.json").write_text(json.dumps(result, indent=1))
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     print(text)
 
 
-def profile_pass(layer: Layer, which: str, tokens: int, weights, options: argparse.Namespace) -> list[dict]:
+def profile_pass(layer: Layer, which: str, tokens: int, weights: Weights, options: argparse.Namespace) -> list[dict]:
     """Name, launches a call and microseconds a call of everything that ran on the device, longest first."""
     inputs = make_inputs(options.shape, tokens, options.dtype, options.device, seed=1)
     run_pass(layer, which, inputs, weights)
@@ -57,10 +57,10 @@ def profile_pass(layer: Layer, which: str, tokens: int, weights, options: argpar
     return [{"name": name, "launches": counts[name] / CALLS, "us": times[name] / CALLS} for name in longest]
 
 
-def table(profile: dict) -> str:
-    rows = profile["device_ops"]
+def table(entry: dict) -> str:
+    rows = entry["device_ops"]
     total = sum(row["us"] for row in rows)
-    lines = [f"## {profile['peer']}, {profile['pass']}, {profile['tokens']} tokens: {total:.0f} us", ""]
+    lines = [f"## {entry['peer']}, {entry['pass']}, {entry['tokens']} tokens: {total:.0f} us", ""]
     lines += ["| launches | us | share | what |", "| ---: | ---: | ---: | --- |"]
     lines += [f"| {r['launches']:g} | {r['us']:.1f} | {r['us'] / total:.0%} | {r['name'][:90]} |" for r in rows]
     return "\n".join(lines)

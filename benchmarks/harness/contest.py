@@ -43,7 +43,6 @@ def attempt(call: Callable[[], T], device: str) -> tuple[T | None, str | None]:
     if device == "cuda":
         try:
             torch.cuda.synchronize()
-            torch.cuda.empty_cache()
         except RuntimeError as error:
             raise DeviceLostError(reason) from error
     return None, reason
@@ -72,7 +71,6 @@ class Contest:
             for record in running:
                 peer = next(peer for peer in self.peers if peer.name == record["peer"])
                 record["graph_ms"], record["graph_reason"] = self._time_graph(peer, calls[peer.name])
-            torch.cuda.empty_cache()
         return records
 
     def _calls(self, peer: Peer, which: str) -> list[Call]:
