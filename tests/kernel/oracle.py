@@ -67,9 +67,10 @@ def assert_close(name: str, ref: Tensor, out: Tensor, ratio: float) -> None:
         return
     ref, out = ref.double(), out.detach().double().to(ref.device)
     error, norm = (out - ref).norm().item(), ref.norm().item()
-    assert error <= ratio * norm, f"{name}: error {error:.3g} is {error / max(norm, 1e-300):.3g} of the norm, not {ratio}"
+    assert error <= ratio * norm, (
+        f"{name}: error {error:.3g} is {error / max(norm, 1e-300):.3g} of the norm, not {ratio}"
+    )
     room = WORST * ratio * (ref.abs() + norm / ref.numel() ** 0.5)
     worst = ((out - ref).abs() - room).argmax().item()
     got, want = out.flatten()[worst].item(), ref.flatten()[worst].item()
     assert abs(got - want) <= room.flatten()[worst].item(), f"{name}: element {worst} is {got}, expected {want}"
-

@@ -31,8 +31,10 @@ class _Drawn:
         return f"{type(self).__name__}({', '.join(changed)})"
 
     def generator(self, device: str) -> torch.Generator:
-        seed = secrets.randbelow(2**31) if self.seed is None else self.seed
-        print(f"drawn on {device}: {replace(self, seed=seed)}")
+        seed = self.seed
+        if seed is None:
+            seed = secrets.randbelow(2**31)
+            print(f"drawn on {device}: {replace(self, seed=seed)}")
         return torch.Generator(device).manual_seed(seed)
 
     def normal(self, generator: torch.Generator, dtype: torch.dtype, *shape: int, fan_in: int = 1) -> Tensor:
@@ -68,6 +70,10 @@ class Problem(_Drawn):
 
     def few(self) -> bool:
         return min(self.T * self.k, self.T * self.H, self.H * self.I) < FEW
+
+    def draw_index(self, device: str) -> Tensor:
+        """top_k_index alone."""
+        return choose_experts(self.imbalance, self.T, self.k, self.E, self.generator(device))
 
     def draw(self, device: str, dtype: torch.dtype, weights_dtype: Optional[torch.dtype] = None) -> ExpertsInputs:
         """``weights_dtype`` is that of top_k_weights, by default ``dtype``."""

@@ -13,7 +13,7 @@ from .tables import assert_table_holds
 @pytest.mark.parametrize("imbalance", BALANCES + SKIPPING)
 @pytest.mark.parametrize("block_m", [16, 128])
 def test_the_table_sorts_every_slot_and_covers_every_row_once(kernel, device, imbalance, block_m):
-    index = Problem(T=300, k=3, E=6, imbalance=imbalance).draw(device, torch.float32).top_k_index
+    index = Problem(T=300, k=3, E=6, imbalance=imbalance).draw_index(device)
     assert_table_holds(kernel.routing(index, 6, block_m), index, 6, block_m)
 
 
@@ -36,7 +36,7 @@ def test_no_tokens_give_an_empty_table(kernel, device):
 
 
 def test_the_default_tile_has_128_rows(kernel, device):
-    index = Problem(T=300).draw(device, torch.float32).top_k_index
+    index = Problem(T=300).draw_index(device)
     for default, explicit in zip(kernel.routing(index, 4), kernel.routing(index, 4, 128)):
         assert torch.equal(default, explicit)
 
@@ -44,6 +44,6 @@ def test_the_default_tile_has_128_rows(kernel, device):
 def test_shapes_and_dtypes_depend_on_sizes_alone(kernel, device):
     layouts = set()
     for imbalance in BALANCES + SKIPPING:
-        index = Problem(T=50, imbalance=imbalance).draw(device, torch.float32).top_k_index
+        index = Problem(T=50, imbalance=imbalance).draw_index(device)
         layouts.add(tuple((t.shape, t.dtype, t.stride(), t.device.type) for t in kernel.routing(index, 4, 16)))
     assert len(layouts) == 1

@@ -1,11 +1,15 @@
 """fused_experts and its gradients through the Triton kernels."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 
 from .. import strategies
 from ..agreement import assert_experts_agree
+from ..oracle import RATIO, assert_close
+from ..poison import poisoned_memory
 from ..problems import BALANCES, LAYOUTS, SKIPPING, Problem
 
 PROBLEMS = [
@@ -41,3 +45,29 @@ def test_any_strides_give_the_same(triton_kernel, argument, layout):
 )
 def test_any_problem_agrees_with_the_oracle(triton_kernel, problem, dtype, layouts):
     assert_experts_agree(triton_kernel, problem, "cpu", dtype, layouts)
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_forward_fills_the_pre_activation_only_to_save_it(launchers, save):
+    problem = Problem(imbalance="some_skipped")
+    inputs = problem.draw("cpu", torch.float32)
+    with poisoned_memory("cpu"):
+        _, pre_activation, order, m_sizes = launchers.experts_forward(*inputs[:-1], "silu", save)
+    rows = int(m_sizes.sum())
+    assert pre_activation.shape == (problem.T * problem.k if save else 0, 2 * problem.I)
+    if save:
+        slot = order[:rows].long()
+        x, w = inputs.hidden_states[slot // problem.k], inputs.gate_up_proj[inputs.top_k_index.flatten()[slot]]
+        ref = torch.einsum("bh,boh->bo", x.double(), w.double())
+        assert_close("pre_activation", ref, pre_activation[:rows], RATIO[torch.float32])
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3)))
+def test_backward_computes_only_what_is_asked_for(launchers, wanted):
+    problem = Problem(T=5)
+    inputs = problem.draw("cpu", torch.float32)
+    _, *saved = launchers.experts_forward(*inputs[:-1], "silu", True)
+    with poisoned_memory("cpu"):
+        grads = launchers.experts_backward(inputs.grad_output, *inputs[:-1], *saved, "silu", *wanted)
+    hidden, weights, gate_up, down = (grad.numel() > 0 for grad in grads)
+    assert weights and (hidden, gate_up, down) == wanted

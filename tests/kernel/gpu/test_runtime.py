@@ -1,0 +1,167 @@
+"""How the ops behave on a CUDA device: reruns, streams, no host waits, CUDA graphs, memory."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ..problems import ExpertsInputs
+from .shapes import ODD_LINEAR, REAL, real
+
+pytestmark = pytest.mark.gpu
+
+BF16 = torch.bfloat16
+MIB = 1 << 20
+SLACK = 2 * MIB
+"""Room for index tensors, partial sums and the allocator's rounding."""
+
+
+def _leaves(inputs: ExpertsInputs, trained: bool = True) -> list[torch.Tensor]:
+    """The arguments of fused_experts; the experts' weights require gradients only if ``trained``."""
+    hidden, index, weights, gate_up, down = (x.detach() for x in inputs[:-1])
+    hidden.requires_grad_()
+    weights.requires_grad_()
+    return [hidden, index, weights, gate_up.requires_grad_(trained), down.requires_grad_(trained)]
+
+
+def _step(kernel, arguments: list[torch.Tensor], grad_output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Output and gradients."""
+    out = kernel.fused_experts(*arguments)
+    return out, *torch.autograd.grad(out, [x for x in arguments if x.requires_grad], grad_output)
+
+
+def test_forty_reruns_are_bit_identical(kernel):
+    inputs = REAL.draw("cuda", BF16)
+    arguments = _leaves(inputs)
+    first = _step(kernel, arguments, inputs.grad_output)
+    for _ in range(40):
+        assert all(map(torch.equal, first, _step(kernel, arguments, inputs.grad_output)))
+
+
+def test_a_side_stream_gives_the_same(kernel):
+    inputs = REAL.draw("cuda", BF16)
+    arguments = _leaves(inputs, trained=False)
+    expected = _step(kernel, arguments, inputs.grad_output)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)  # whoever does not wait for this stream reads before it is done
+        late = [x.detach().clone().requires_grad_(x.requires_grad) for x in arguments]
+        results = _step(kernel, late, inputs.grad_output)
+    torch.cuda.current_stream().wait_stream(side)
+    assert all(map(torch.equal, expected, results))
+
+
+def test_the_host_never_waits_for_the_device(kernel):
+    inputs, linear = REAL.draw("cuda", BF16), ODD_LINEAR.draw("cuda", BF16)
+    arguments = _leaves(inputs)
+    input, weight = linear.input.requires_grad_(), linear.weight.requires_grad_()
+
+    def everything() -> None:
+        kernel.routing(inputs.top_k_index, REAL.E)
+        _step(kernel, arguments, inputs.grad_output)
+        torch.autograd.grad(kernel.moe_fused_linear(input, weight, linear.m_sizes), (input, weight), linear.grad_output)
+
+    everything()  # compiles and loads
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        everything()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_a_captured_forward_replays_with_new_inputs_and_new_routing(kernel, tokens):
+    inputs = real(tokens).draw("cuda", BF16)
+    with torch.no_grad():
+        graph, out = _capture(lambda: kernel.fused_experts(*inputs[:-1]))
+        for imbalance in ("random", "one_takes_all", "some_skipped"):
+            fresh = replace(real(tokens), imbalance=imbalance).draw("cuda", BF16)
+            _copy_in(inputs, fresh)
+            graph.replay()
+            assert torch.equal(out, kernel.fused_experts(*fresh[:-1]))
+
+
+def test_a_captured_training_step_replays_with_new_inputs_and_new_routing(kernel):
+    inputs = REAL.draw("cuda", BF16)
+    arguments = _leaves(inputs)
+    graph, results = _capture(lambda: _step(kernel, arguments, inputs.grad_output))
+    for imbalance in ("random", "one_takes_all", "some_skipped"):
+        fresh = replace(REAL, imbalance=imbalance).draw("cuda", BF16)
+        with torch.no_grad():
+            _copy_in([*arguments, inputs.grad_output], fresh)
+        graph.replay()
+        assert all(map(torch.equal, results, _step(kernel, _leaves(fresh), fresh.grad_output)))
+
+
+def test_inference_peaks_at_its_intermediate_and_slots(kernel):
+    problem = real(4096)
+    inputs = problem.draw("cuda", BF16)
+    slots = problem.T * problem.k
+    with torch.no_grad():
+        _, peak = _memory(lambda: kernel.fused_experts(*inputs[:-1]))
+    assert peak <= 2 * (slots * problem.I + slots * problem.H + problem.T * problem.H) + SLACK
+
+
+def test_training_frozen_experts_keeps_and_peaks_at_what_it_says(kernel):
+    problem = real(4096)
+    inputs = problem.draw("cuda", BF16)
+    arguments = _leaves(inputs, trained=False)
+    slots, tokens = problem.T * problem.k, problem.T * problem.H
+    outputs: list[torch.Tensor] = []
+
+    kept, peak = _memory(lambda: outputs.append(kernel.fused_experts(*arguments)), outputs.clear)
+    pre_activation, slot_rows = slots * 2 * problem.I, slots * problem.H
+    assert kept <= 2 * (tokens + pre_activation) + SLACK, "more is kept for backward than the pre-activation"
+    assert peak <= 2 * (tokens + pre_activation + slots * problem.I + slot_rows) + SLACK
+
+    out = kernel.fused_experts(*arguments)
+    leaves = [x for x in arguments if x.requires_grad]
+    _, peak = _memory(lambda: torch.autograd.grad(out, leaves, inputs.grad_output, retain_graph=True))
+    assert peak <= 2 * (pre_activation + slot_rows + tokens) + SLACK, "backward of frozen experts"
+
+
+def test_training_experts_adds_their_gradients_and_the_weighted_intermediate(kernel):
+    problem = real(4096)
+    inputs = problem.draw("cuda", BF16)
+    arguments = _leaves(inputs)
+    slots = problem.T * problem.k
+    out = kernel.fused_experts(*arguments)
+    leaves = [x for x in arguments if x.requires_grad]
+    _, peak = _memory(lambda: torch.autograd.grad(out, leaves, inputs.grad_output, retain_graph=True))
+    gradients = sum(x.numel() for x in leaves)
+    assert peak <= 2 * (gradients + slots * (2 * problem.I + problem.I + problem.H)) + SLACK
+
+
+def _capture(function: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
+    """``function`` as a CUDA graph, and the tensors that its replays fill."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+    return graph, results
+
+
+def _copy_in(static, fresh) -> None:
+    for old, new in zip(static, fresh):
+        old.copy_(new)
+
+
+def _memory(function: Callable[[], object], release: Callable[[], object] = lambda: None) -> tuple[int, int]:
+    """(kept, peak): bytes above the start that ``function`` leaves allocated, and the most it had at one time."""
+    function()  # compiles and loads
+    release()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    result = function()
+    kept = torch.cuda.memory_allocated() - start
+    peak = torch.cuda.max_memory_allocated() - start
+    del result
+    return kept, peak

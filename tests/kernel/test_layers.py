@@ -1,0 +1,127 @@
+"""The kernel layers, put in the place of a module's own forward."""
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from . import oracle
+from .modules import Block, Experts, Router, with_forward
+from .oracle import RATIO, assert_close
+from .problems import Problem
+
+PROBLEM = Problem(T=12)
+LAYERS = ("Qwen3MoeExperts", "Qwen3MoeSparseMoeBlock")
+
+
+@pytest.fixture
+def block(kernel, device) -> Block:
+    experts = Experts(PROBLEM.draw(device, torch.float32))
+    gate = Router(PROBLEM.H, PROBLEM.E, PROBLEM.k).to(device)
+    return with_forward(Block(gate, experts), kernel.layers.Qwen3MoeSparseMoeBlock)
+
+
+@pytest.fixture
+def hidden_states(device) -> torch.Tensor:
+    return torch.randn(3, 4, PROBLEM.H, device=device, requires_grad=True)
+
+
+def _expected(block: Block, hidden_states: torch.Tensor) -> torch.Tensor:
+    tokens = hidden_states.detach().reshape(-1, PROBLEM.H)
+    _, weights, index = Router.forward(block.gate, tokens)
+    wide = (x.double() for x in (tokens, weights, block.experts.gate_up_proj, block.experts.down_proj))
+    tokens, weights, gate_up, down = wide
+    return oracle.experts(tokens, index, weights, gate_up, down).view(hidden_states.shape)
+
+
+@pytest.mark.kernels_ci
+def test_the_block_is_its_router_then_its_experts(block, hidden_states):
+    assert_close("block", _expected(block, hidden_states), block(hidden_states), RATIO[torch.float32])
+
+
+def test_a_batch_that_is_not_contiguous_gives_the_same(block, hidden_states):
+    crossed = hidden_states.detach().transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(block(crossed), block(hidden_states))
+
+
+def test_gradients_reach_the_tokens_the_router_and_the_experts(block, hidden_states):
+    block(hidden_states).sum().backward()
+    for tensor in (hidden_states, block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj):
+        assert tensor.grad is not None and tensor.grad.any() and tensor.grad.isfinite().all()
+
+
+def test_frozen_experts_get_no_gradient(block, hidden_states):
+    block.experts.requires_grad_(False)
+    block(hidden_states).sum().backward()
+    assert hidden_states.grad is not None and block.gate.weight.grad is not None
+    assert block.experts.gate_up_proj.grad is None and block.experts.down_proj.grad is None
+
+
+def test_hooks_on_the_router_see_its_logits_once(block, hidden_states):
+    seen = []
+    block.gate.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    block(hidden_states)
+    assert len(seen) == 1 and seen[0].shape == (12, PROBLEM.E)
+
+
+def test_hooks_on_the_experts_fire(kernel, block, hidden_states):
+    expected, calls = block(hidden_states), []
+    with_forward(block.experts, kernel.layers.Qwen3MoeExperts)
+    block.experts.register_forward_hook(lambda module, args, output: calls.append(len(args)))
+    assert torch.equal(block(hidden_states), expected)
+    assert calls == [3]
+
+
+def test_wrapped_experts_are_called_as_a_module(block, hidden_states):
+    class Wrapper(nn.Module):
+        def __init__(self, base_layer: nn.Module) -> None:
+            super().__init__()
+            self.base_layer = base_layer
+
+        def forward(self, tokens, top_k_index, top_k_weights):
+            return tokens + 1
+
+    block.experts = Wrapper(block.experts)
+    assert torch.equal(block(hidden_states), hidden_states + 1)
+
+
+def test_the_experts_layer_alone_is_fused_experts(kernel, device):
+    inputs = PROBLEM.draw(device, torch.float32)
+    experts = with_forward(Experts(inputs), kernel.layers.Qwen3MoeExperts)
+    out = experts(inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights)
+    assert torch.equal(out, kernel.fused_experts(*inputs[:-1]))
+
+
+def test_unsupported_experts_are_refused_by_name(kernel, block, hidden_states):
+    block.experts.act_fn = nn.ReLU()
+    with pytest.raises(ValueError, match="Experts cannot run as fused_experts: its activation is ReLU"):
+        block(hidden_states)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_adds_a_forward_and_two_flags_and_keeps_nothing(kernel, name):
+    layer = getattr(kernel.layers, name)
+    own = {member for member in vars(layer) if not member.startswith("__")}
+    assert own == {"forward", "can_torch_compile", "has_backward"}
+    assert layer.can_torch_compile is True and layer.has_backward is True
+    assert "__init__" not in vars(layer)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Qwen3MoeExperts", ["self", "hidden_states", "top_k_index", "top_k_weights"]),
+        ("Qwen3MoeSparseMoeBlock", ["self", "hidden_states"]),
+    ],
+)
+def test_a_layer_takes_what_the_layer_it_replaces_takes(kernel, name, parameters):
+    assert list(inspect.signature(getattr(kernel.layers, name).forward).parameters) == parameters
+
+
+def test_a_call_leaves_the_state_dict_as_it_was(block, hidden_states):
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    block(hidden_states).sum().backward()
+    after = block.state_dict()
+    assert list(before) == list(after) == ["gate.weight", "experts.gate_up_proj", "experts.down_proj"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
