@@ -1,20 +1,21 @@
-"""The whole experts layer: out[t] = sum_j weights[t, j] * down[e] @ (act(gate[e] @ x[t]) * up[e] @ x[t]), e = index[t, j].
+"""The whole experts layer, for x = hidden_states[t], e = top_k_index[t, j]:
+
+    out[t] = sum_j top_k_weights[t, j] * down[e] @ (act(gate[e] @ x) * (up[e] @ x))
 
 Forward, four launches:
 
-    routing    top_k_index                  -> order, offsets, tiles
+    routing    top_k_index                  -> order, m_sizes, tiles
     gate_up    hidden_states rows, gathered -> pre_activation (S, 2I), kept only for backward; intermediate (S, I)
     down       intermediate                 -> one row a slot (S, H)
     combine    slots, top_k_weights         -> out (T, H), each token's k slots added in fp32 in a fixed order
 
-Backward with frozen experts, five launches, two of them tiny; trained experts add one reduction each:
+Backward with frozen experts, four launches; trained experts add one reduction each:
 
-    tile_table      m_sizes                    -> tiles, cheaper made again than kept
-    down_backward   grad_output rows, gathered -> grad of pre_activation (S, 2I), parts of the grad of top_k_weights
-    sum_parts       parts                      -> grad of top_k_weights
-    linear          grad of pre_activation     -> one row a slot (S, H)
-    combine         slots                      -> grad of hidden_states (T, H)
-    weight_grad     an expert's rows           -> grad of gate_up_proj, of down_proj
+    tile_table        m_sizes                    -> tiles, cheaper made again than kept
+    down_backward     grad_output rows, gathered -> grad of pre_activation (S, 2I), parts of that of top_k_weights
+    linear            grad of pre_activation     -> one row a slot (S, H)
+    combine_backward  slots, parts               -> grad of hidden_states (T, H) and of top_k_weights (T, k)
+    weight_grad       an expert's rows           -> grad of gate_up_proj, of down_proj
 
 What backward keeps is hidden_states, pre_activation and the index tensors: the activation is cheaper to compute
 again than to read back, and no gathered or k-times repeated copy of the tokens is ever kept.
@@ -104,7 +105,8 @@ def _forward(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     from .kernels.experts import experts_forward as launch  # Triton is imported only where it can run
 
-    return launch(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, save)
+    with torch.cuda.device(hidden_states.device):
+        return launch(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, save)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("fused_experts_backward"), mutates_args=(), device_types="cuda")
@@ -125,10 +127,11 @@ def _backward(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     from .kernels.experts import experts_backward as launch
 
-    return launch(
-        grad_output, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, pre_activation, order,
-        m_sizes, activation, hidden_states_grad, gate_up_proj_grad, down_proj_grad,
-    )  # fmt: skip
+    with torch.cuda.device(hidden_states.device):
+        return launch(
+            grad_output, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, pre_activation, order,
+            m_sizes, activation, hidden_states_grad, gate_up_proj_grad, down_proj_grad,
+        )  # fmt: skip
 
 
 _forward.register_kernel("cpu")(reference.experts_forward)
@@ -155,7 +158,7 @@ def _(
         return tensor.new_empty(tensor.shape if wanted else 0)
 
     return (
-        like(hidden_states) if hidden_states_grad else hidden_states.new_empty(0, hidden_states.shape[1]),
+        like(hidden_states, hidden_states_grad),
         like(top_k_weights),
         like(gate_up_proj, gate_up_proj_grad),
         like(down_proj, down_proj_grad),

@@ -50,14 +50,16 @@ def moe_fused_linear(input: torch.Tensor, weight: torch.Tensor, m_sizes: torch.T
 def _linear(input: torch.Tensor, weight: torch.Tensor, m_sizes: torch.Tensor) -> torch.Tensor:
     from .kernels.linear import linear as launch  # Triton is imported only where it can run
 
-    return launch(input, weight, m_sizes)
+    with torch.cuda.device(input.device):
+        return launch(input, weight, m_sizes)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("moe_fused_linear_weight_grad"), mutates_args=(), device_types="cuda")
 def _weight_grad(grad_output: torch.Tensor, input: torch.Tensor, m_sizes: torch.Tensor) -> torch.Tensor:
     from .kernels.weight_grad import weight_grad as launch
 
-    return launch(grad_output, input, m_sizes)
+    with torch.cuda.device(input.device):
+        return launch(grad_output, input, m_sizes)
 
 
 _linear.register_kernel("cpu")(reference.linear)

@@ -11,13 +11,17 @@ from typing import Iterator, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .tiling import MIN_BLOCK_M
-
 Tensor = torch.Tensor
 
 
 def routing(top_k_index: Tensor, num_experts: int, block_m: int) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`qwen3_moe_fused.routing`. Checks the values too: on a CPU that costs nothing."""
+    """See :func:`qwen3_moe_fused.routing`."""
+    order, m_sizes = sort_by_expert(top_k_index, num_experts)
+    return (order, m_sizes, *tile_table(m_sizes, order.numel(), block_m, rest=-1))
+
+
+def sort_by_expert(top_k_index: Tensor, num_experts: int) -> Tuple[Tensor, Tensor]:
+    """order (S,) and m_sizes (E,). Checks the values too: on a CPU that costs next to nothing."""
     ids = top_k_index.reshape(-1)
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) > num_experts):
         raise ValueError(
@@ -26,7 +30,7 @@ def routing(top_k_index: Tensor, num_experts: int, block_m: int) -> Tuple[Tensor
         )
     order = torch.argsort(ids, stable=True).int()
     m_sizes = torch.bincount(ids, minlength=num_experts + 1)[:num_experts].int()
-    return (order, m_sizes, *tile_table(m_sizes, ids.numel(), block_m, rest=-1))
+    return order, m_sizes
 
 
 def tile_table(m_sizes: Tensor, rows: int, block_m: int, rest: int) -> Tuple[Tensor, Tensor]:
@@ -60,7 +64,7 @@ def experts_forward(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """out (T, H), pre_activation (S, 2I) or (0, 2I), order (S,), m_sizes (E,)."""
     tokens, k = top_k_index.shape
-    order, m_sizes, _, _ = routing(top_k_index, gate_up_proj.shape[0], MIN_BLOCK_M)
+    order, m_sizes = sort_by_expert(top_k_index, gate_up_proj.shape[0])
     pre_activation = hidden_states.new_zeros(tokens * k if save else 0, gate_up_proj.shape[1])
     slots = hidden_states.new_zeros(tokens * k, hidden_states.shape[1])
     for expert, rows, slot in _slot_groups(order, m_sizes):
@@ -89,10 +93,10 @@ def experts_backward(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden_states, top_k_weights, gate_up_proj, down_proj; those not asked for have size 0."""
     tokens, k = top_k_index.shape
-    slots = grad_output.new_zeros(tokens * k if hidden_states_grad else 0, hidden_states.shape[1])
-    grad_weights = torch.zeros_like(top_k_weights)
-    grad_gate_up_proj = torch.zeros_like(gate_up_proj) if gate_up_proj_grad else gate_up_proj.new_empty(0)
-    grad_down_proj = torch.zeros_like(down_proj) if down_proj_grad else down_proj.new_empty(0)
+    slots = grad_output.new_zeros(tokens * k, hidden_states.shape[1])
+    grad_weights = top_k_weights.new_zeros(top_k_weights.shape)
+    grad_gate_up_proj = gate_up_proj.new_zeros(gate_up_proj.shape if gate_up_proj_grad else 0)
+    grad_down_proj = down_proj.new_zeros(down_proj.shape if down_proj_grad else 0)
     for expert, rows, slot in _slot_groups(order, m_sizes):
         weights = _wide(top_k_weights.reshape(-1)[slot])[:, None]
         grad = grad_output[slot // k]
@@ -109,7 +113,7 @@ def experts_backward(
             grad_gate_up_proj[expert] = grad_gate_up.t() @ hidden_states[slot // k]
         if down_proj_grad:
             grad_down_proj[expert] = grad.t() @ (weights * intermediate).to(grad.dtype)
-    grad_hidden_states = slots
+    grad_hidden_states = hidden_states.new_empty(0)
     if hidden_states_grad:
         grad_hidden_states = combine(slots, None, top_k_index, gate_up_proj.shape[0])
     return grad_hidden_states, grad_weights, grad_gate_up_proj, grad_down_proj

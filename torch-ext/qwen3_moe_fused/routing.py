@@ -62,7 +62,8 @@ def _routing(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     from .kernels.routing import routing as launch  # Triton is imported only where it can run
 
-    return launch(top_k_index, num_experts, block_m)
+    with torch.cuda.device(top_k_index.device):
+        return launch(top_k_index, num_experts, block_m)
 
 
 _routing.register_kernel("cpu")(reference.routing)

@@ -80,7 +80,7 @@ def choose(rows: int, experts: int, dtype: torch.dtype, device: torch.device) ->
     return _choose(bucket, dtype, *_card(device))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _choose(bucket: int, dtype: torch.dtype, card: str, shared_memory: int) -> Tiling:
     if dtype == torch.float32:
         table = _FP32
@@ -116,7 +116,7 @@ def card_file(card: str) -> Path:
     return Path(__file__).parent / "configs" / f"{card.replace(' ', '_')}.json"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _tuned(card: str) -> Dict[int, Tiling]:
     path = card_file(card)
     if not path.is_file():
@@ -124,7 +124,7 @@ def _tuned(card: str) -> Dict[int, Tiling]:
     return {int(rows): _tiling(**entry) for rows, entry in json.loads(path.read_text())["tilings"].items()}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _card(device: torch.device) -> Tuple[str, int]:
     """Name and bytes of shared memory a program may use; a CPU (Triton's interpreter) counts as a small card."""
     if device.type != "cuda":

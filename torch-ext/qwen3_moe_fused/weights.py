@@ -78,19 +78,19 @@ def _projections(experts: nn.Module) -> Tuple[Optional[torch.Tensor], Optional[t
 
 
 def _unsupported_reason(experts: nn.Module, gate_up_proj, down_proj) -> Optional[str]:
+    if not getattr(experts, "has_gate", True):
+        return "it has no gate"
+    if getattr(experts, "has_bias", False):
+        return "its projections have biases"
+    if not getattr(experts, "is_concatenated", True):
+        return "its gate and up rows are interleaved"
+    if getattr(experts, "has_post_expert_norm", False):
+        return "it normalises after each expert"
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         if not isinstance(weight, torch.Tensor) or weight.dim() != 3:
             return f"it has no 3-D tensor {name}"
         if hasattr(weight, "device_mesh"):
             return f"its {name} is sharded (a {type(weight).__name__})"
-    if getattr(experts, "has_bias", False):
-        return "its projections have biases"
-    if not getattr(experts, "has_gate", True):
-        return "it has no gate"
-    if not getattr(experts, "is_concatenated", True):
-        return "its gate and up rows are interleaved"
-    if getattr(experts, "has_post_expert_norm", False):
-        return "it normalises after each expert"
     act_fn = getattr(experts, "act_fn", None)
     if activation_name(act_fn) is None:
         return f"its activation is {getattr(act_fn, '__name__', type(act_fn).__name__)}"

@@ -4,11 +4,13 @@ out[t] = sum_j top_k_weights[t, j] * slots[t * k + j], in fp32, j ascending, rou
 writes one row a slot instead of adding atomically, so the sum has a fixed order and reruns are bit-identical.
 """
 
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
+
+from .launch import launch
 
 Tensor = torch.Tensor
 
@@ -24,7 +26,7 @@ def _combine_kernel(
     # meta
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T, cdiv(H, BLOCK_H)): one token, BLOCK_H columns. slots (T*K, H), weights (T, K) or None, ids (T, K)."""
+    """Grid (T, cdiv(H, BLOCK_H)): one token, BLOCK_H columns. slots (T*K, H), weights (T, K), ids (T, K)."""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = cols < H
@@ -33,38 +35,49 @@ def _combine_kernel(
         expert = tl.load(ids + token * K + j)
         kept = (expert >= 0) & (expert < E)
         row = tl.load(slots + (token * K + j) * H + cols, mask=inside & kept, other=0.0).to(tl.float32)
-        if weights is not None:
-            row *= tl.load(weights + token * stride_wt + j * stride_wk, mask=kept, other=0.0).to(tl.float32)
-        acc += row
+        acc += row * tl.load(weights + token * stride_wt + j * stride_wk, mask=kept, other=0.0).to(tl.float32)
     tl.store(out + token * H + cols, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _sum_parts_kernel(
+@triton.jit(do_not_specialize=["count"])
+def _combine_backward_kernel(
     # pointers
-    parts, ids, out,
+    slots, parts, ids, out, grad_weights,
     # sizes
-    slots, PARTS: tl.constexpr, E: tl.constexpr,
+    count, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr,
     # meta
-    BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(S, BLOCK),): BLOCK slots. parts (PARTS, S) fp32, ids (S,), out (S,)."""
-    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = slot < slots
-    expert = tl.load(ids + slot, mask=inside, other=E)
-    kept = (expert >= 0) & (expert < E)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for i in tl.static_range(PARTS):
-        acc += tl.load(parts + i * slots.to(tl.int64) + slot, mask=kept, other=0.0)
-    tl.store(out + slot, acc.to(out.dtype.element_ty), mask=inside)
+    """Grid (T, cdiv(H, BLOCK_H)), or (T, 1) without ``out``: one token, BLOCK_H columns.
+
+    slots (T*K, H) -> out (T, H), both or none; parts (PARTS, count = T*K) fp32 -> grad_weights (T, K).
+    """
+    token = tl.program_id(0).to(tl.int64)
+    if out is not None:
+        cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+        inside = cols < H
+        acc = tl.zeros((BLOCK_H,), tl.float32)
+        for j in tl.static_range(K):
+            expert = tl.load(ids + token * K + j)
+            kept = (expert >= 0) & (expert < E)
+            acc += tl.load(slots + (token * K + j) * H + cols, mask=inside & kept, other=0.0).to(tl.float32)
+        tl.store(out + token * H + cols, acc.to(out.dtype.element_ty), mask=inside)
+    if tl.program_id(1) == 0:
+        choice = tl.arange(0, BLOCK_K)
+        experts = tl.load(ids + token * K + choice, mask=choice < K, other=E)
+        written = (experts >= 0) & (experts < E)
+        total = tl.zeros((BLOCK_K,), tl.float32)
+        for part in tl.static_range(PARTS):
+            total += tl.load(parts + part * count.to(tl.int64) + token * K + choice, mask=written, other=0.0)
+        tl.store(grad_weights + token * K + choice, total.to(grad_weights.dtype.element_ty), mask=choice < K)
 
 
-def combine(slots: Tensor, top_k_weights: Optional[Tensor], top_k_index: Tensor, num_experts: int) -> Tensor:
-    """out (T, H): the sum of each token's slots, weighted if there are weights; skipped slots add nothing.
+def combine(slots: Tensor, top_k_weights: Tensor, top_k_index: Tensor, num_experts: int) -> Tensor:
+    """out (T, H): the weighted sum of each token's slots; skipped slots, which nobody wrote, add nothing.
 
     Args:
         slots: (T*k, H), contiguous, slot t*k + j for token t's j-th choice.
-        top_k_weights: (T, k) or None for a plain sum.
+        top_k_weights: (T, k), any strides.
         top_k_index: (T, k), contiguous.
     """
     tokens, k = top_k_index.shape
@@ -72,18 +85,36 @@ def combine(slots: Tensor, top_k_weights: Optional[Tensor], top_k_index: Tensor,
     out = slots.new_empty(tokens, width)
     if out.numel():
         block = min(1024, triton.next_power_of_2(width))
-        strides = (0, 0) if top_k_weights is None else top_k_weights.stride()
-        _combine_kernel[(tokens, triton.cdiv(width, block))](
-            slots, top_k_weights, top_k_index, out, width, k, num_experts, *strides, BLOCK_H=block
-        )
+        launch(
+            _combine_kernel, (tokens, triton.cdiv(width, block)), 4, 1,
+            slots, top_k_weights, top_k_index, out, width, k, num_experts, *top_k_weights.stride(), block,
+        )  # fmt: skip
     return out
 
 
-def sum_parts(parts: Tensor, top_k_index: Tensor, num_experts: int, out: Tensor) -> Tensor:
-    """out (T, k): the sum over the first dimension of parts (P, S); skipped slots, which nobody wrote, get zero."""
-    slots = top_k_index.numel()
-    if slots:
-        _sum_parts_kernel[(triton.cdiv(slots, 512),)](
-            parts, top_k_index, out, slots, parts.shape[0], num_experts, BLOCK=512
-        )
-    return out
+def combine_backward(
+    slots: Optional[Tensor], parts: Tensor, top_k_index: Tensor, num_experts: int, dtype: torch.dtype
+) -> Tuple[Tensor, Tensor]:
+    """The gradients that are sums over slots or parts, in one launch; skipped slots get or add zero.
+
+    Args:
+        slots: (T*k, H) gradient of each slot's token, or None if nobody asked.
+        parts: (P, T*k) fp32, parts of the gradient of top_k_weights.
+        top_k_index: (T, k), contiguous.
+        dtype: of top_k_weights.
+
+    Returns:
+        grad of hidden_states (T, H), or (0,) without slots; grad of top_k_weights (T, k).
+    """
+    tokens, k = top_k_index.shape
+    grad_weights = torch.empty(tokens, k, dtype=dtype, device=parts.device)
+    width = 1 if slots is None else slots.shape[1]
+    grad_hidden_states = parts.new_empty(0) if slots is None else slots.new_empty(tokens, width)
+    if grad_weights.numel():
+        block = min(1024, triton.next_power_of_2(width))
+        launch(
+            _combine_backward_kernel, (tokens, triton.cdiv(width, block)), 4, 1,
+            slots, parts, top_k_index, None if slots is None else grad_hidden_states, grad_weights,
+            parts.shape[1], width, k, num_experts, parts.shape[0], block, triton.next_power_of_2(k),
+        )  # fmt: skip
+    return grad_hidden_states, grad_weights

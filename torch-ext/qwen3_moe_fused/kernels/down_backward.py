@@ -7,8 +7,8 @@ the tile in registers:
     grad of up            = weight * g * act(gate)
     grad of top_k_weights = sum_i g_i * act(gate_i) * up_i
 
-The last is a sum over all columns; each program adds up its own, in ``parts``, and ``sum_parts`` adds the programs'
-in a fixed order. That needs the unweighted output of no slot, so none is kept from forward.
+The last is a sum over all columns; each program adds up its own, in ``parts``, and ``combine_backward`` adds the
+programs' in a fixed order. That needs the unweighted output of no slot, so none is kept from forward.
 """
 
 from typing import Optional
@@ -19,9 +19,32 @@ import triton.language as tl
 
 from ..tiling import Tile
 from .activation import activate_with_slope
-from .product import accumulate, weight_operand
+from .launch import launch
+from .product import accumulate, clamp, weight_operand
 
 Tensor = torch.Tensor
+
+
+@triton.jit
+def _through_activation(
+    g, pre_activation, grad_pre_activation, weighted, weight, row, end, cols,
+    I: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradients for one piece g (rows, cols) and returns its part (rows,) of the gradient of the weights."""
+    cols = cols[None, :]
+    inside = (row < end)[:, None] & (cols < I)
+    row = row.to(tl.int64)[:, None]
+    at = row * (2 * I) + cols
+    dtype = grad_pre_activation.dtype.element_ty
+    gate = tl.load(pre_activation + at, mask=inside, other=0.0).to(tl.float32)
+    activated, slope = activate_with_slope(gate, ACTIVATION)
+    tl.store(grad_pre_activation + at + I, (weight * g * activated).to(dtype), mask=inside)
+    up = tl.load(pre_activation + at + I, mask=inside, other=0.0).to(tl.float32)
+    tl.store(grad_pre_activation + at, (weight * g * up * slope).to(dtype), mask=inside)
+    intermediate = activated * up
+    if weighted is not None:
+        tl.store(weighted + row * I + cols, (weight * intermediate).to(dtype), mask=inside)
+    return tl.sum(tl.where(inside, g * intermediate, 0.0), 1)
 
 
 @triton.jit
@@ -35,28 +58,26 @@ def _down_backward_tile(
     row = first + tl.arange(0, BLOCK_M)
     slot = tl.load(order + tl.minimum(row, end - 1))
     token = slot // TOP_K
-    cols = col + tl.arange(0, BLOCK_N)
-    acc = accumulate(
-        grad, w, w_desc, token, tl.minimum(cols, I - 1), expert, col, H,
+    g = accumulate(
+        grad, w, w_desc, token, clamp(col + tl.arange(0, BLOCK_N), I, BLOCK_N), expert, col, H,
         stride_gm, stride_gk, stride_we, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, 1,
     )  # fmt: skip
-    cols = cols[None, :]
-    inside = (row < end)[:, None] & (cols < I)
-    at = row.to(tl.int64)[:, None] * (2 * I) + cols
-    gate = tl.load(pre_activation + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(pre_activation + at + I, mask=inside, other=0.0).to(tl.float32)
-    activated, slope = activate_with_slope(gate, ACTIVATION)
-    part = tl.sum(tl.where(inside, acc * activated * up, 0.0), 1)
-    tl.store(parts + block.to(tl.int64) * slots + slot, part, mask=row < end)
-
     weight = tl.load(weights + token * stride_wt + slot % TOP_K * stride_wj).to(tl.float32)[:, None]
-    acc *= weight
-    dtype = grad_pre_activation.dtype.element_ty
-    tl.store(grad_pre_activation + at, (acc * up * slope).to(dtype), mask=inside)
-    tl.store(grad_pre_activation + at + I, (acc * activated).to(dtype), mask=inside)
-    if weighted is not None:
-        at = weighted + row.to(tl.int64)[:, None] * I + cols
-        tl.store(at, (weight * activated * up).to(dtype), mask=inside)
+    if BLOCK_N >= 128:  # piece by piece: all at once, gate, up and their gradients would not fit in registers
+        left, right = tl.split(tl.permute(tl.reshape(g, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        cols = col + tl.arange(0, BLOCK_N // 2)
+        part = _through_activation(
+            left, pre_activation, grad_pre_activation, weighted, weight, row, end, cols, I, ACTIVATION
+        )
+        part += _through_activation(
+            right, pre_activation, grad_pre_activation, weighted, weight, row, end, cols + BLOCK_N // 2, I, ACTIVATION
+        )
+    else:
+        cols = col + tl.arange(0, BLOCK_N)
+        part = _through_activation(
+            g, pre_activation, grad_pre_activation, weighted, weight, row, end, cols, I, ACTIVATION
+        )
+    tl.store(parts + block.to(tl.int64) * slots + slot, part, mask=row < end)
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -120,11 +141,11 @@ def down_backward(
     grad_pre_activation = torch.empty_like(pre_activation)
     parts = torch.empty(blocks, order.numel(), dtype=torch.float32, device=order.device)
     operand = weight_operand(down_proj.transpose(1, 2), tile)
-    _down_backward_kernel[(tiles.shape[0] * blocks,)](
+    launch(
+        _down_backward_kernel, (tiles.shape[0] * blocks,), tile.num_warps, tile.num_stages,
         grad_output, operand.data, operand.descriptor, pre_activation, top_k_weights, order, tiles,
         grad_pre_activation, weighted, parts, order.numel(), width, hidden, top_k_weights.shape[1], activation,
         *grad_output.stride(), *operand.strides, *top_k_weights.stride(),
-        BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, W_ROWS=operand.w_rows, SPLIT=block_m >= 128,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        block_m, tile.block_n, tile.block_k, operand.w_rows, block_m >= 128,
     )  # fmt: skip
     return grad_pre_activation, parts

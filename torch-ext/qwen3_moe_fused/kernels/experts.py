@@ -5,7 +5,7 @@ from typing import Tuple
 import torch
 
 from ..tiling import choose
-from .combine import combine, sum_parts
+from .combine import combine, combine_backward
 from .down_backward import down_backward
 from .gate_up import gate_up
 from .linear import linear_tiles
@@ -70,24 +70,21 @@ def experts_backward(
         grad_output, down_proj, pre_activation, top_k_weights, order, tiles, activation, block_m,
         tiling.down_backward.fit(width, hidden), weighted,
     )  # fmt: skip
-    grad_weights = sum_parts(parts, top_k_index, experts, torch.empty_like(top_k_weights))
-
-    grad_hidden_states = hidden_states.new_empty(0, hidden)
     grad_gate_up_proj, grad_down_proj = gate_up_proj.new_empty(0), down_proj.new_empty(0)
-    wgrad_m, wgrad = tiling.weight_grad_block_m, tiling.weight_grad
+    step, tile = tiling.weight_grad_block_m, tiling.weight_grad
     if down_proj_grad:
         grad_down_proj = weight_grad_rows(
-            grad_output, weighted, offsets, wgrad_m, wgrad.fit(hidden, width), order, k, grad_by_token=True
+            grad_output, weighted, offsets, step, tile.fit(hidden, width), order, k, grad_by_token=True
         )
         del weighted
     if gate_up_proj_grad:
         grad_gate_up_proj = weight_grad_rows(
-            grad_pre_activation, hidden_states, offsets, wgrad_m, wgrad.fit(2 * width, hidden), order, k,
-            x_by_token=True,
-        )  # fmt: skip
+            grad_pre_activation, hidden_states, offsets, step, tile.fit(2 * width, hidden), order, k, x_by_token=True
+        )
+    grad_slots = None
     if hidden_states_grad:
         grad_slots = hidden_states.new_empty(slots, hidden)
         tile = tiling.linear.fit(hidden, 2 * width)
         linear_tiles(grad_pre_activation, gate_up_proj.transpose(1, 2), tiles, block_m, tile, grad_slots, order)
-        grad_hidden_states = combine(grad_slots, None, top_k_index, experts)
+    grad_hidden_states, grad_weights = combine_backward(grad_slots, parts, top_k_index, experts, top_k_weights.dtype)
     return grad_hidden_states, grad_weights, grad_gate_up_proj, grad_down_proj

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..tiling import Tile
 from .activation import activate
+from .launch import launch
 from .product import accumulate, weight_operand
 
 Tensor = torch.Tensor
@@ -96,10 +97,10 @@ def gate_up(
     intermediate = hidden_states.new_empty(order.numel(), width)
     operand = weight_operand(weight, tile, halves=2)
     grid = (tiles.shape[0] * triton.cdiv(width, tile.block_n),)
-    _gate_up_kernel[grid](
+    launch(
+        _gate_up_kernel, grid, tile.num_warps, tile.num_stages,
         hidden_states, operand.data, operand.descriptor, pre_activation, intermediate, order, tiles,
         width, hidden, top_k, activation, *hidden_states.stride(), *operand.strides,
-        BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SPLIT=block_m >= 128,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        block_m, tile.block_n, tile.block_k, block_m >= 128,
     )  # fmt: skip
     return intermediate

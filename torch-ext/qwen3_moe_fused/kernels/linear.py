@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from ..tiling import Tile, choose
-from .product import accumulate, weight_operand
+from .launch import launch
+from .product import accumulate, clamp, weight_operand
 from .routing import tile_table
 
 Tensor = torch.Tensor
@@ -28,7 +29,7 @@ def _linear_tile(
     cols = col + tl.arange(0, BLOCK_N)
     valid = tl.minimum(row, end - 1)
     acc = accumulate(
-        a, w, w_desc, valid, tl.minimum(cols, N - 1), expert, col, K,
+        a, w, w_desc, valid, clamp(cols, N, BLOCK_N), expert, col, K,
         stride_am, stride_ak, stride_we, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, 1,
     )  # fmt: skip
     if scatter is not None:
@@ -91,10 +92,10 @@ def linear_tiles(
     experts, n, k = weight.shape
     operand = weight_operand(weight, tile)
     grid = (tiles.shape[0] * triton.cdiv(n, tile.block_n),)
-    _linear_kernel[grid](
+    launch(
+        _linear_kernel, grid, tile.num_warps, tile.num_stages,
         a, operand.data, operand.descriptor, out, scatter, tiles, n, k, experts, *a.stride(), *operand.strides,
-        BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, W_ROWS=operand.w_rows, SPLIT=block_m >= 128,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        block_m, tile.block_n, tile.block_k, operand.w_rows, block_m >= 128,
     )  # fmt: skip
     return out
 

@@ -21,6 +21,15 @@ Tensor = torch.Tensor
 
 
 @triton.jit
+def clamp(cols, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """cols kept below N. Left alone where no block is ragged, so the compiler still sees that they are consecutive."""
+    if N % BLOCK_N == 0:
+        return cols
+    else:
+        return tl.minimum(cols, N - 1)
+
+
+@triton.jit
 def accumulate(
     # pointers
     a, w, w_desc,
@@ -40,7 +49,7 @@ def accumulate(
     """
     k = tl.arange(0, BLOCK_K)
     a_tile = a + rows.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
-    w_tile = w + expert.to(tl.int64) * stride_we + cols[None, :] * stride_wn + k[:, None] * stride_wk
+    w_tile = w + expert.to(tl.int64) * stride_we + cols.to(tl.int64)[None, :] * stride_wn + k[:, None] * stride_wk
     acc = tl.zeros((BLOCK_M, COLS), tl.float32)
     for first in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:

@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 Tensor = torch.Tensor
 
 
@@ -34,41 +36,54 @@ def _write_tiles(tiles, label, index, start, end, capacity, last, BLOCK_M: tl.co
         tl.store(tiles + at * 3 + 2, tl.where(used, end, -1), mask=inside)
 
 
-@triton.jit(do_not_specialize=["slots", "capacity"])
+@triton.jit
+def _load_experts(ids, at, stop, E: tl.constexpr):
+    """The experts of slots ``at``; ids that are none of [0, E) count as E, slots from ``stop`` on as E + 1."""
+    expert = tl.load(ids + at, mask=at < stop, other=E)
+    expert = tl.where((expert < 0) | (expert > E), E, expert)
+    return tl.where(at < stop, expert.to(tl.int32), E + 1)
+
+
+@triton.jit(do_not_specialize=["slots", "segment", "capacity"])
 def _routing_kernel(
     # pointers
     ids, order, m_sizes, offsets, tiles,
     # sizes
-    slots, capacity, E: tl.constexpr,
+    slots, segment, capacity, E: tl.constexpr,
     # meta
-    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (E+1,): one expert; the last takes the slots to skip. ids (S,), order (S,), tiles (capacity, 3)."""
+    """Grid (E+1,): one expert; the last takes the slots to skip. ids (S,), order (S,), tiles (capacity, 3).
+
+    Lane i walks the slots [i * segment, (i + 1) * segment), STEP at a time, so that one prefix sum over the lanes,
+    between the two readings, tells each where its rows start.
+    """
     expert = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    before = tl.zeros((BLOCK,), tl.int32)
-    mine = tl.zeros((BLOCK,), tl.int32)
-    for i in range(0, slots, BLOCK):
-        at = tl.load(ids + i + lane, mask=i + lane < slots, other=E + 1).to(tl.int32)
-        at = tl.where((at < 0) | ((at > E) & (i + lane < slots)), E, at)
-        before += (at < expert).to(tl.int32)
-        mine += (at == expert).to(tl.int32)
-    start = tl.sum(before, 0)
-    count = tl.sum(mine, 0)
+    lane = tl.arange(0, LANES)
+    step = tl.arange(0, STEP)
+    at = lane[:, None] * segment + step[None, :]
+    stop = tl.minimum((lane + 1) * segment, slots)[:, None]
+    before = tl.zeros((LANES, STEP), tl.int32)
+    mine = tl.zeros((LANES, STEP), tl.int32)
+    for i in range(0, segment, STEP):
+        found = _load_experts(ids, at + i, stop, E)
+        before += (found < expert).to(tl.int32)
+        mine += (found == expert).to(tl.int32)
+    counts = tl.sum(mine, 1)
+    start = tl.sum(tl.sum(before, 1), 0)
+    count = tl.sum(counts, 0)
 
     tl.store(offsets + expert, start)
     if expert < E:
         tl.store(m_sizes + expert, count)
     _write_tiles(tiles, tl.where(expert < E, expert, -1), expert, start, start + count, capacity, expert == E, BLOCK_M)
 
-    row = start
-    for i in range(0, slots, BLOCK):
-        at = tl.load(ids + i + lane, mask=i + lane < slots, other=E + 1).to(tl.int32)
-        at = tl.where((at < 0) | ((at > E) & (i + lane < slots)), E, at)
-        hit = (at == expert).to(tl.int32)
-        rank = tl.cumsum(hit, 0)
-        tl.store(order + row + rank - 1, i + lane, mask=hit != 0)
-        row += tl.sum(hit, 0)
+    row = start + tl.cumsum(counts, 0) - counts
+    for i in range(0, segment, STEP):
+        hit = (_load_experts(ids, at + i, stop, E) == expert).to(tl.int32)
+        rank = tl.cumsum(hit, 1) - hit
+        tl.store(order + row[:, None] + rank, at + i, mask=hit != 0)
+        row += tl.sum(hit, 1)
 
 
 @triton.jit(do_not_specialize=["rows", "capacity"])
@@ -103,10 +118,11 @@ def routing(top_k_index: Tensor, num_experts: int, block_m: int) -> Tuple[Tensor
         torch.empty(shape, dtype=torch.int32, device=ids.device)
         for shape in (slots, num_experts, num_experts + 1, (capacity, 3))
     )
-    block = 1024 if slots <= 8192 else 4096
-    _routing_kernel[(num_experts + 1,)](
-        ids, order, m_sizes, offsets, tiles, slots, capacity, num_experts,
-        BLOCK_M=block_m, BLOCK=block, num_warps=block // 256,
+    lanes, step = (128, 16) if slots <= 2048 else (512, 16)
+    segment = triton.cdiv(triton.cdiv(slots, lanes), step) * step
+    launch(
+        _routing_kernel, (num_experts + 1,), lanes // 32, 1,
+        ids, order, m_sizes, offsets, tiles, slots, segment, capacity, num_experts, block_m, lanes, step,
     )  # fmt: skip
     return order, m_sizes, offsets, tiles
 
@@ -121,8 +137,9 @@ def tile_table(m_sizes: Tensor, rows: int, block_m: int, rest: int) -> Tuple[Ten
     capacity = rows // block_m + experts + 1
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=m_sizes.device)
     tiles = torch.empty(capacity, 3, dtype=torch.int32, device=m_sizes.device)
-    _tile_table_kernel[(experts + 1,)](
+    launch(
+        _tile_table_kernel, (experts + 1,), 4, 1,
         m_sizes, offsets, tiles, rows, capacity, rest, experts, m_sizes.stride(0),
-        BLOCK_M=block_m, BLOCK_E=triton.next_power_of_2(experts),
+        block_m, triton.next_power_of_2(experts),
     )  # fmt: skip
     return offsets, tiles

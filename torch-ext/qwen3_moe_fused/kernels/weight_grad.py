@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from ..tiling import Tile, choose
+from .launch import launch
+from .product import clamp
 from .routing import tile_table
 
 Tensor = torch.Tensor
@@ -39,8 +41,8 @@ def _weight_grad_kernel(
     start = tl.load(offsets + expert)
     end = tl.load(offsets + expert + 1)
     lane = tl.arange(0, BLOCK_M)
-    grad_cols = grad + tl.minimum(n, N - 1)[:, None] * stride_gn
-    x_cols = x + tl.minimum(k, K - 1)[None, :] * stride_xk
+    grad_cols = grad + clamp(n, N, BLOCK_N).to(tl.int64)[:, None] * stride_gn
+    x_cols = x + clamp(k, K, BLOCK_K).to(tl.int64)[None, :] * stride_xk
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for first in range(start, end, BLOCK_M):
         row = first + lane
@@ -73,10 +75,10 @@ def weight_grad_rows(
     out = grad.new_empty(experts, n, k)
     if out.numel():
         grid = (triton.cdiv(n, tile.block_n) * triton.cdiv(k, tile.block_k), experts)
-        _weight_grad_kernel[grid](
+        launch(
+            _weight_grad_kernel, grid, tile.num_warps, tile.num_stages,
             grad, x, out, order, offsets, n, k, top_k, *grad.stride(), *x.stride(), grad_by_token, x_by_token,
-            BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            block_m, tile.block_n, tile.block_k,
         )  # fmt: skip
     return out
 

@@ -1,0 +1,43 @@
+"""Launching kernels without paying for what does not change.
+
+``kernel[grid](...)`` binds, inspects and hashes every argument and reads a dozen settings on each call: more host
+time than a small kernel takes on the device. Here the first call goes that way and returns the compiled kernel; later
+calls with the same key launch that one directly. The key holds all that Triton specialises on, and the tests check
+that it does.
+"""
+
+from typing import Any, Dict, Tuple
+
+import torch
+import triton
+
+_compiled: Dict[Tuple, Any] = {}
+
+
+def launch(kernel: triton.JITFunction, grid: Tuple[int, ...], num_warps: int, num_stages: int, *args: Any) -> None:
+    """Launches ``kernel`` on the current device; ``args`` are all its parameters in order, constants too.
+
+    Integers that the kernel marks ``do_not_specialize`` may change from call to call; any other change of an integer
+    makes a new entry, as it would make Triton look for another compilation.
+    """
+    grid = (*grid, 1, 1)[:3]
+    if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter compiles nothing
+        kernel[grid](*args)
+        return
+    key = (kernel, num_warps, num_stages, torch.cuda.current_device(), *map(_trait, args, kernel.params))
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages)
+    else:
+        compiled[grid](*args)
+
+
+def _trait(arg: Any, param: Any) -> Any:
+    """What of an argument decides which compiled kernel fits."""
+    if isinstance(arg, torch.Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, int) and not param.is_constexpr and param.do_not_specialize:
+        return arg.bit_length() < 32
+    if hasattr(arg, "block_shape"):
+        return arg.base.dtype, *arg.block_shape
+    return arg
