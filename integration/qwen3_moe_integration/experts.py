@@ -10,7 +10,6 @@ from typing import Optional
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.utils import logging
 
@@ -27,7 +26,7 @@ def experts_function(kernel: ModuleType) -> Callable:
     def qwen3_moe_fused(
         experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        reason = _unlike_transformers(experts) or kernel.unsupported_reason(experts)
+        reason = _gate_reason(experts) or kernel.unsupported_reason(experts)
         if reason is None:
             return layer.forward(experts, hidden_states, top_k_index, top_k_weights)
         logger.warning_once(
@@ -39,10 +38,8 @@ def experts_function(kernel: ModuleType) -> Callable:
     return qwen3_moe_fused
 
 
-def _unlike_transformers(experts: nn.Module) -> Optional[str]:
-    """What the kernel cannot see in a module's tensors and flags, as it does not know Transformers."""
+def _gate_reason(experts: nn.Module) -> Optional[str]:
+    """The one thing that only Transformers can tell: whether gate and up are joined as usual, ``act(gate) * up``."""
     if type(experts)._apply_gate is not _default_apply_gate:
-        return "it gates its projections in a way of its own"
-    if any(isinstance(parameter, DTensor) for parameter in experts.parameters(recurse=False)):
-        return "its weights are sharded tensors"
+        return "it joins its gate and up projections in a way of its own"
     return None

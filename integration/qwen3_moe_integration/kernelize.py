@@ -7,6 +7,7 @@ range of ``kernels`` versions only, and keeps quiet about a layer for which it f
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from kernels import Mode, kernelize, register_kernel_mapping, replace_kernel_forward_from_hub, use_kernel_mapping
@@ -39,6 +40,7 @@ def kernelize_model(model: nn.Module, mode: str = "training", kernel: KernelSour
     Raises:
         ValueError: ``mode`` is neither of the two, ``model`` has no Qwen3-MoE layer, or the kernel cannot compute
             one of its layers. The model is unchanged then.
+        TypeError: ``kernel`` is no :class:`KernelSource`.
     """
     if mode not in MODES:
         raise ValueError(f'mode must be "training" or "inference", got {mode!r}')
@@ -65,18 +67,24 @@ def register(kernel: KernelSource = FROM_HUB) -> None:
     experts follow Transformers' interface. The kernel is loaded here, since later Transformers would say nothing of
     a kernel that it could not load.
     """
-    function = experts_function(kernel.load())
+    function = experts_function(_load(kernel))
     _make_extensible()
     register_kernel_mapping(_mapping(kernel))
     ExpertsInterface.register(EXPERTS_IMPLEMENTATION, function)
 
 
 def _check_supported(layers: list, kernel: KernelSource) -> None:
-    unsupported_reason = kernel.load().unsupported_reason
+    unsupported_reason = _load(kernel).unsupported_reason
     for layer in layers:
         reason = unsupported_reason(layer) if isinstance(layer, Qwen3MoeExperts) else None
         if reason is not None:
             raise ValueError(f"model has a {type(layer).__name__} that the kernel cannot compute: {reason}")
+
+
+def _load(kernel: KernelSource) -> ModuleType:
+    if not isinstance(kernel, KernelSource):
+        raise TypeError(f"kernel must be a KernelSource, got {kernel!r}")
+    return kernel.load()
 
 
 def _make_extensible() -> None:

@@ -1,5 +1,6 @@
 """Where the kernel comes from: the Hub, a lock file, or a folder. It is always loaded by ``kernels``."""
 
+import functools
 import sys
 from dataclasses import dataclass
 from os import PathLike
@@ -39,27 +40,33 @@ class KernelSource:
             raise ValueError(f"only one of revision, lockfile and path can say which kernel to take, got {given}")
 
     def load(self) -> ModuleType:
-        """The kernel's module; ``kernels`` downloads it if need be, and loads it once a process.
+        """The kernel's module, which ``kernels`` downloads if need be; later calls return the same module.
 
         Raises:
             FileNotFoundError, ValueError: as ``kernels`` raises them, when it finds no such kernel or may not trust it.
         """
-        if self.path is not None:
-            return get_local_kernel(Path(self.path))
-        if self.lockfile is not None:
-            return self._load_locked()
-        pin = {"revision": self.revision} if self.revision is not None else {"version": self.version}
-        return get_kernel(self.repo_id, trust_remote_code=self.trust_remote_code, **pin)
+        return _load(self)
 
-    def _load_locked(self) -> ModuleType:
-        # kernels 0.16 reads a lock file that it is given only here, for a layer; the layer's package is the kernel.
-        repository = LockedLayerRepository(
-            self.repo_id,
-            lockfile=Path(self.lockfile),
-            layer_name="Qwen3MoeExperts",
-            trust_remote_code=self.trust_remote_code,
-        )
-        return sys.modules[repository.load().__module__.rpartition(".")[0]]
+
+@functools.cache
+def _load(source: KernelSource) -> ModuleType:
+    if source.path is not None:
+        return get_local_kernel(Path(source.path))
+    if source.lockfile is not None:
+        return _load_locked(source)
+    pin = {"version": source.version} if source.revision is None else {"revision": source.revision}
+    return get_kernel(source.repo_id, trust_remote_code=source.trust_remote_code, **pin)
+
+
+def _load_locked(source: KernelSource) -> ModuleType:
+    # Of a lock file at a path, kernels 0.16 gives a layer only; the package that the layer is in is the kernel.
+    layer = LockedLayerRepository(
+        source.repo_id,
+        lockfile=Path(source.lockfile),
+        layer_name="Qwen3MoeExperts",
+        trust_remote_code=source.trust_remote_code,
+    ).load()
+    return sys.modules[layer.__module__.rpartition(".")[0]]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,30 @@
+"""Fixtures of the integration's tests: the built kernel as a source, and fresh random numbers with their seed."""
+
+import secrets
+
+import pytest
+import torch
+from kernels import use_kernel_mapping
+
+from qwen3_moe_integration import KernelSource, register
+
+
+@pytest.fixture(scope="session")
+def source(kernel_dir) -> KernelSource:
+    return KernelSource(path=kernel_dir)
+
+
+@pytest.fixture
+def registered(source):
+    """The kernel is known to Transformers; its layer mapping is forgotten after the test."""
+    with use_kernel_mapping({}, inherit_mapping=False):
+        register(source)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    seed = secrets.randbelow(2**31)
+    print(f"torch.manual_seed({seed})")
+    torch.manual_seed(seed)
+    return seed

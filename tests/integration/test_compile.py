@@ -1,0 +1,46 @@
+"""``torch.compile`` of whole models, without graph breaks and for any number of tokens."""
+
+import pytest
+import torch
+
+from qwen3_moe_integration import kernelize_model
+from tests.integration.models import QWEN3, assert_same_training, stock_twin, tokens
+from tests.kernel.oracle import assert_close
+
+LENGTHS = (5, 12, 31)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("route", ["kernelized", "interface"])
+def test_a_whole_model_compiles_once_for_every_number_of_tokens(source, registered, route):
+    model = QWEN3.build(num_hidden_layers=1)
+    stock = stock_twin(model)
+    if route == "kernelized":
+        kernelize_model(model, kernel=source)
+    else:
+        model.set_experts_implementation("qwen3_moe_fused")
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for length in LENGTHS:
+        input_ids = tokens(length=length)
+        assert_close("logits", stock(input_ids).logits, compiled(input_ids=input_ids, use_cache=False).logits, 1e-5)
+    assert len(graphs) == 1
+
+
+def test_a_compiled_model_trains_as_stock(source):
+    model = QWEN3.build(num_hidden_layers=1)
+    stock = stock_twin(model)
+    compiled = torch.compile(kernelize_model(model, kernel=source), fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in LENGTHS:
+        assert_same_training(model, stock, compiled, length)
