@@ -13,8 +13,6 @@ from typing import Dict, Tuple
 
 import torch
 
-MIN_BLOCK_M = 16
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -74,9 +72,7 @@ _FP32 = {  # multiplied in IEEE fp32 by the ordinary units, where large tiles on
 
 def choose(rows: int, experts: int, dtype: torch.dtype, device: torch.device) -> Tiling:
     """The tiling for ``rows`` sorted rows of ``experts`` experts."""
-    bucket = 1
-    while bucket * experts < rows:
-        bucket *= 2
+    bucket = next_power_of_2(max(1, cdiv(rows, experts)))
     return _choose(bucket, dtype, *_card(device))
 
 
@@ -133,5 +129,13 @@ def _card(device: torch.device) -> Tuple[str, int]:
     return properties.name, properties.shared_memory_per_block_optin
 
 
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
 def _padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, next_power_of_2(size))

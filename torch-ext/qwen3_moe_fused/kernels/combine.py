@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..tiling import cdiv, next_power_of_2
 from .launch import launch
 
 Tensor = torch.Tensor
@@ -84,9 +85,9 @@ def combine(slots: Tensor, top_k_weights: Tensor, top_k_index: Tensor, num_exper
     width = slots.shape[1]
     out = slots.new_empty(tokens, width)
     if out.numel():
-        block = min(1024, triton.next_power_of_2(width))
+        block = min(1024, next_power_of_2(width))
         launch(
-            _combine_kernel, (tokens, triton.cdiv(width, block)), 4, 1,
+            _combine_kernel, (tokens, cdiv(width, block)), 4, 1,
             slots, top_k_weights, top_k_index, out, width, k, num_experts, *top_k_weights.stride(), block,
         )  # fmt: skip
     return out
@@ -111,10 +112,10 @@ def combine_backward(
     width = 1 if slots is None else slots.shape[1]
     grad_hidden_states = parts.new_empty(0) if slots is None else slots.new_empty(tokens, width)
     if grad_weights.numel():
-        block = min(1024, triton.next_power_of_2(width))
+        block = min(1024, next_power_of_2(width))
         launch(
-            _combine_backward_kernel, (tokens, triton.cdiv(width, block)), 4, 1,
+            _combine_backward_kernel, (tokens, cdiv(width, block)), 4, 1,
             slots, parts, top_k_index, None if slots is None else grad_hidden_states, grad_weights,
-            parts.shape[1], width, k, num_experts, parts.shape[0], block, triton.next_power_of_2(k),
+            parts.shape[1], width, k, num_experts, parts.shape[0], block, next_power_of_2(k),
         )  # fmt: skip
     return grad_hidden_states, grad_weights

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tiling import Tile
+from ..tiling import Tile, cdiv
 from .activation import activate_with_slope
 from .launch import launch
 from .product import accumulate, clamp, weight_operand
@@ -137,10 +137,10 @@ def down_backward(
     Fills ``weighted`` (S, I) if given. grad_output (T, H), down_proj (E, H, I), top_k_weights (T, k), any strides.
     """
     hidden, width = down_proj.shape[1:]
-    blocks = triton.cdiv(width, tile.block_n)
+    blocks = cdiv(width, tile.block_n)
     grad_pre_activation = torch.empty_like(pre_activation)
     parts = torch.empty(blocks, order.numel(), dtype=torch.float32, device=order.device)
-    operand = weight_operand(down_proj.transpose(1, 2), tile)
+    operand = weight_operand(down_proj.transpose(1, 2), block_m, tile)
     launch(
         _down_backward_kernel, (tiles.shape[0] * blocks,), tile.num_warps, tile.num_stages,
         grad_output, operand.data, operand.descriptor, pre_activation, top_k_weights, order, tiles,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tiling import Tile
+from ..tiling import Tile, cdiv
 from .activation import activate
 from .launch import launch
 from .product import accumulate, weight_operand
@@ -95,8 +95,8 @@ def gate_up(
     """intermediate (S, I) of hidden_states (T, H) and weight (E, 2I, H); fills pre_activation (S, 2I) if given."""
     width, hidden = weight.shape[1] // 2, weight.shape[2]
     intermediate = hidden_states.new_empty(order.numel(), width)
-    operand = weight_operand(weight, tile, halves=2)
-    grid = (tiles.shape[0] * triton.cdiv(width, tile.block_n),)
+    operand = weight_operand(weight, block_m, tile, halves=2)
+    grid = (tiles.shape[0] * cdiv(width, tile.block_n),)
     launch(
         _gate_up_kernel, grid, tile.num_warps, tile.num_stages,
         hidden_states, operand.data, operand.descriptor, pre_activation, intermediate, order, tiles,

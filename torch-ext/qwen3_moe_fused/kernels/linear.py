@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tiling import Tile, choose
+from ..tiling import Tile, cdiv, choose
 from .launch import launch
 from .product import accumulate, clamp, weight_operand
 from .routing import tile_table
@@ -90,8 +90,8 @@ def linear_tiles(
 ) -> Tensor:
     """Fills ``out`` (M, N) with rows of a (M, K) times their expert's matrix; row i to ``out[scatter[i]]`` if given."""
     experts, n, k = weight.shape
-    operand = weight_operand(weight, tile)
-    grid = (tiles.shape[0] * triton.cdiv(n, tile.block_n),)
+    operand = weight_operand(weight, block_m, tile)
+    grid = (tiles.shape[0] * cdiv(n, tile.block_n),)
     launch(
         _linear_kernel, grid, tile.num_warps, tile.num_stages,
         a, operand.data, operand.descriptor, out, scatter, tiles, n, k, experts, *a.stride(), *operand.strides,

@@ -8,6 +8,7 @@ Rows and columns past the end are clamped, not masked: they repeat valid data, a
 Only a ragged end of the summed dimension needs zeros.
 """
 
+import functools
 from typing import NamedTuple, Optional
 
 import torch
@@ -80,16 +81,17 @@ class Weight(NamedTuple):
     w_rows: bool
 
 
-def weight_operand(weight: Tensor, tile: Tile, halves: int = 1) -> Weight:
+def weight_operand(weight: Tensor, block_m: int, tile: Tile, halves: int = 1) -> Weight:
     """Chooses how a kernel reads ``weight`` (E, N, K), any strides. With two halves, N holds gate rows, then up rows.
 
     A descriptor needs compute capability 9.0, one dimension of stride 1, the others multiples of 16 bytes, and an
-    address that is one too. Anything else goes through pointers.
+    address that is one too. Anything else goes through pointers, and so do tiles of few rows: there the time is that
+    of reading weights either way (measured on an H200), and a descriptor costs the host 50 us a launch.
     """
     w_rows = weight.stride(2) == 1 or weight.stride(1) != 1
     stored = weight if w_rows else weight.transpose(1, 2)
     descriptor = None
-    if _has_tma(weight.device) and _tma_can_read(stored) and (w_rows or halves == 1):
+    if block_m >= 128 and _has_tma(weight.device) and _tma_can_read(stored) and (w_rows or halves == 1):
         experts, rows, cols = stored.shape
         block = [1, tile.block_n, tile.block_k] if w_rows else [1, tile.block_k, tile.block_n]
         shape, strides = [experts, rows, cols], list(stored.stride())
@@ -100,6 +102,7 @@ def weight_operand(weight: Tensor, tile: Tile, halves: int = 1) -> Weight:
     return Weight(weight, descriptor, weight.stride(), w_rows)
 
 
+@functools.cache
 def _has_tma(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
@@ -107,7 +110,8 @@ def _has_tma(device: torch.device) -> bool:
 def _tma_can_read(stored: Tensor) -> bool:
     step = 16 // stored.element_size()
     return (
-        stored.stride(2) == 1
+        stored.numel() > 0
+        and stored.stride(2) == 1
         and stored.stride(0) % step == 0
         and stored.stride(1) % step == 0
         and stored.stride(1) >= stored.shape[2]

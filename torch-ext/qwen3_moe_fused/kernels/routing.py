@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..tiling import cdiv, next_power_of_2
 from .launch import launch
 
 Tensor = torch.Tensor
@@ -115,11 +116,10 @@ def routing(top_k_index: Tensor, num_experts: int, block_m: int) -> Tuple[Tensor
     slots = ids.numel()
     capacity = slots // block_m + num_experts + 1
     order, m_sizes, offsets, tiles = (
-        torch.empty(shape, dtype=torch.int32, device=ids.device)
-        for shape in (slots, num_experts, num_experts + 1, (capacity, 3))
+        ids.new_empty(shape, dtype=torch.int32) for shape in (slots, num_experts, num_experts + 1, (capacity, 3))
     )
     lanes, step = (128, 16) if slots <= 2048 else (512, 16)
-    segment = triton.cdiv(triton.cdiv(slots, lanes), step) * step
+    segment = cdiv(cdiv(slots, lanes), step) * step
     launch(
         _routing_kernel, (num_experts + 1,), lanes // 32, 1,
         ids, order, m_sizes, offsets, tiles, slots, segment, capacity, num_experts, block_m, lanes, step,
@@ -140,6 +140,6 @@ def tile_table(m_sizes: Tensor, rows: int, block_m: int, rest: int) -> Tuple[Ten
     launch(
         _tile_table_kernel, (experts + 1,), 4, 1,
         m_sizes, offsets, tiles, rows, capacity, rest, experts, m_sizes.stride(0),
-        block_m, triton.next_power_of_2(experts),
+        block_m, next_power_of_2(experts),
     )  # fmt: skip
     return offsets, tiles

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tiling import Tile, choose
+from ..tiling import Tile, cdiv, choose
 from .launch import launch
 from .product import clamp
 from .routing import tile_table
@@ -74,7 +74,7 @@ def weight_grad_rows(
     experts, n, k = offsets.numel() - 1, grad.shape[1], x.shape[1]
     out = grad.new_empty(experts, n, k)
     if out.numel():
-        grid = (triton.cdiv(n, tile.block_n) * triton.cdiv(k, tile.block_k), experts)
+        grid = (cdiv(n, tile.block_n) * cdiv(k, tile.block_k), experts)
         launch(
             _weight_grad_kernel, grid, tile.num_warps, tile.num_stages,
             grad, x, out, order, offsets, n, k, top_k, *grad.stride(), *x.stride(), grad_by_token, x_by_token,
