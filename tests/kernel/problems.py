@@ -16,7 +16,7 @@ Tensor = torch.Tensor
 
 BALANCES = ("random", "one_takes_all", "one_row_each", "some_empty")
 SKIPPING = ("some_skipped", "all_skipped")
-LAYOUTS = ("contiguous", "transposed", "padded", "expanded")
+LAYOUTS = ("contiguous", "transposed", "padded", "aligned", "expanded")
 
 FEW = 24
 """Below this many elements a tensor's sums may all cancel, and no rounding error is small beside what is left; such
@@ -146,13 +146,16 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
     """The same values (for "expanded", the first row's or matrix's) with other strides.
 
     "padded" cuts the tensor out of a larger one that is NaN everywhere else: whoever reads outside gets a NaN.
+    "aligned" does so too, with rows that still start at addresses that suit wide loads.
     """
     if layout == "transposed" and tensor.dim() > 1:
         return tensor.transpose(-2, -1).contiguous().transpose(-2, -1)
-    if layout == "padded":
+    if layout in ("padded", "aligned"):
+        margin = 1 if layout == "padded" else 16
         fill = float("nan") if tensor.is_floating_point() else POISON
-        inside = tuple(slice(1, size + 1) for size in tensor.shape)
-        around = torch.full([size + 3 for size in tensor.shape], fill, dtype=tensor.dtype, device=tensor.device)
+        inside = tuple(slice(margin, size + margin) for size in tensor.shape)
+        shape = [size + 2 * margin for size in tensor.shape]
+        around = torch.full(shape, fill, dtype=tensor.dtype, device=tensor.device)
         around[inside] = tensor
         return around[inside]
     if layout == "expanded" and tensor.shape[0]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ..agreement import assert_experts_agree, assert_linear_agrees
 from ..oracle import RATIO, assert_close
 from ..poison import poisoned_memory
-from ..problems import BALANCES, LAYOUTS, SKIPPING, LinearProblem
+from ..problems import BALANCES, SKIPPING, LinearProblem
 from ..tables import assert_table_holds
 from .shapes import DEEP, ODD, ODD_LINEAR, real
 
@@ -29,11 +29,11 @@ def test_the_real_layer_in_other_dtypes(kernel, other):
     assert_experts_agree(kernel, real(16), "cuda", other)
 
 
-@pytest.mark.kernels_ci
 def test_odd_sizes(kernel, dtype):
     assert_experts_agree(kernel, ODD, "cuda", dtype)
 
 
+@pytest.mark.kernels_ci
 @pytest.mark.parametrize("imbalance", BALANCES[1:] + SKIPPING)
 def test_odd_sizes_with_any_balance(kernel, imbalance):
     assert_experts_agree(kernel, replace(ODD, imbalance=imbalance), "cuda", torch.bfloat16)
@@ -44,7 +44,7 @@ def test_odd_sizes_with_every_activation(kernel, activation):
     assert_experts_agree(kernel, replace(ODD, activation=activation), "cuda", torch.bfloat16)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("layout", ["transposed", "padded", "expanded"])
 def test_odd_sizes_with_any_strides(kernel, layout):
     assert_experts_agree(kernel, ODD, "cuda", torch.bfloat16, dict.fromkeys(ARGUMENTS, layout))
 
@@ -64,7 +64,7 @@ def test_many_rows_an_expert(kernel, imbalance):
     assert_experts_agree(kernel, replace(DEEP, imbalance=imbalance), "cuda", torch.bfloat16)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "padded"])
+@pytest.mark.parametrize("layout", ["transposed", "padded", "aligned"])
 def test_many_rows_an_expert_with_any_weight_strides(kernel, layout):
     layouts = {"gate_up_proj": layout, "down_proj": layout}
     assert_experts_agree(kernel, DEEP, "cuda", torch.bfloat16, layouts, trained=("hidden_states",))
@@ -74,7 +74,7 @@ def test_odd_linear(kernel, dtype):
     assert_linear_agrees(kernel, ODD_LINEAR, "cuda", dtype)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("layout", ["transposed", "padded", "expanded"])
 def test_odd_linear_with_any_strides(kernel, layout):
     layouts = dict.fromkeys(("input", "weight", "grad_output"), layout)
     assert_linear_agrees(kernel, ODD_LINEAR, "cuda", torch.bfloat16, layouts)

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.gpu
 
 BF16 = torch.bfloat16
 MIB = 1 << 20
-SLACK = 2 * MIB
-"""Room for index tensors, partial sums and the allocator's rounding."""
+SLACK = 8 * MIB
+"""Room for index tensors, partial sums and the allocator, which rounds each block up by as much as 1 MiB."""
 
 
 def _leaves(inputs: ExpertsInputs, trained: bool = True) -> list[torch.Tensor]:
