@@ -10,6 +10,7 @@ from . import oracle
 from .oracle import RATIO, assert_close
 from .poison import poisoned_memory
 from .problems import LinearProblem, Problem, lay_out
+from .tables import assert_table_holds
 
 Tensor = torch.Tensor
 Layouts = Mapping[str, str]
@@ -45,6 +46,33 @@ def assert_linear_agrees(
     """``moe_fused_linear`` and its gradients are the oracle's."""
     inputs = problem.draw(device, dtype)._asdict()
     _assert_agree(kernel.moe_fused_linear, oracle.linear, inputs, layouts, ("input", "weight"))
+
+
+def assert_stray_id_is_skipped(kernel: ModuleType, problem: Problem, device: str, stray: int) -> None:
+    """An id outside [0, E) counts as E, in the table and in the layer."""
+    inputs = problem.draw(device, torch.float32)
+    astray, skipped = inputs.top_k_index.clone(), inputs.top_k_index.clone()
+    astray[4], skipped[4] = stray, problem.E
+    assert_table_holds(kernel.routing(astray, problem.E, 16), astray, problem.E, 16)
+    ours, theirs = (kernel.fused_experts(inputs[0], index, *inputs[2:-1]) for index in (astray, skipped))
+    assert torch.equal(ours, theirs) and not ours[4].any()
+
+
+def assert_rows_without_expert_are_zero(kernel: ModuleType, problem: LinearProblem, device: str, sizes: list) -> None:
+    """Where ``sizes`` do not sum to M: rows behind the last expert are zero, and what is too much is left out."""
+    input, weight, _, grad_output = problem.draw(device, torch.float32)
+    input.requires_grad_()
+    with poisoned_memory(device):
+        out = kernel.moe_fused_linear(input, weight, torch.tensor(sizes, device=device))
+        (grad,) = torch.autograd.grad(out, input, grad_output)
+    expert = [e for e, size in enumerate(sizes) for _ in range(size)][: problem.M]
+    rows, own = len(expert), weight[expert].double()
+    ref = torch.einsum("bi,boi->bo", input.detach()[:rows].double(), own)
+    assert_close("rows of experts", ref, out[:rows], RATIO[torch.float32])
+    assert not out[rows:].any()
+    ref = torch.einsum("bo,boi->bi", grad_output[:rows].double(), own)
+    assert_close("gradients of rows of experts", ref, grad[:rows], RATIO[torch.float32])
+    assert not grad[rows:].any()
 
 
 def _assert_agree(

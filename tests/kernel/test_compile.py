@@ -55,7 +55,7 @@ def test_opcheck_experts_that_save_nothing(kernel, device):
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, True)])
 def test_opcheck_experts_backward(kernel, device, stored, wanted):
-    inputs = Problem(imbalance="some_skipped").draw(device, torch.float32)
+    inputs = Problem(imbalance="some_skipped").draw(device, torch.float16)
     arguments = [x.detach() for x in _arguments(inputs, stored)]
     _, *saved = op(kernel, "experts", "_forward")(*arguments, "silu", True)
     backward = op(kernel, "experts", "_backward")

@@ -7,7 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ..agreement import assert_experts_agree, assert_linear_agrees
+from ..agreement import (
+    assert_experts_agree,
+    assert_linear_agrees,
+    assert_rows_without_expert_are_zero,
+    assert_stray_id_is_skipped,
+)
 from ..oracle import RATIO, assert_close
 from ..poison import poisoned_memory
 from ..problems import BALANCES, SKIPPING, LinearProblem
@@ -112,23 +117,12 @@ def test_the_routing_table_is_right_to_the_last_integer(kernel, tokens, imbalanc
 
 @pytest.mark.parametrize("stray", [-1, 8, 2**31, 2**32, -(2**40)])
 def test_an_id_outside_the_experts_counts_as_one_to_skip(kernel, stray):
-    inputs = ODD.draw("cuda", torch.float32)
-    astray, skipped = inputs.top_k_index.clone(), inputs.top_k_index.clone()
-    astray[4], skipped[4] = stray, ODD.E
-    assert_table_holds(kernel.routing(astray, ODD.E, 16), astray, ODD.E, 16)
-    ours, theirs = (kernel.fused_experts(inputs[0], index, *inputs[2:-1]) for index in (astray, skipped))
-    assert torch.equal(ours, theirs) and not ours[4].any()
+    assert_stray_id_is_skipped(kernel, ODD, "cuda", stray)
 
 
-@pytest.mark.parametrize("m_sizes", [[20, 30, 25], [0, 40, 90], [60, -9, 20]], ids=["few", "many", "negative"])
-def test_m_sizes_that_do_not_fit_leave_zeros_behind_and_nothing_past_the_end(kernel, m_sizes):
-    input, weight, _, _ = replace(ODD_LINEAR, E=3).draw("cuda", torch.float32)
-    with poisoned_memory("cuda"):
-        out = kernel.moe_fused_linear(input, weight, torch.tensor(m_sizes, device="cuda"))
-    expert = [e for e, size in enumerate(m_sizes) for _ in range(size)][: len(input)]
-    ref = torch.einsum("bi,boi->bo", input[: len(expert)].double(), weight[expert].double())
-    assert_close("rows of experts", ref, out[: len(expert)], RATIO[torch.float32])
-    assert not out[len(expert) :].any()
+@pytest.mark.parametrize("sizes", [[20, 30, 25], [0, 40, 90], [60, -9, 20]], ids=["few", "many", "negative"])
+def test_m_sizes_that_do_not_fit_leave_zeros_behind_and_nothing_past_the_end(kernel, sizes):
+    assert_rows_without_expert_are_zero(kernel, replace(ODD_LINEAR, E=3), "cuda", sizes)
 
 
 def test_fp32_products_are_ieee_not_tf32(kernel):

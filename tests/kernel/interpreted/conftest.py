@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 def launchers(kernel) -> SimpleNamespace:
     """The Triton launchers by name."""
     files = {"routing": ("routing", "tile_table"), "linear": ("linear",), "weight_grad": ("weight_grad",)}
-    files |= {"combine": ("combine",), "experts": ("experts_forward", "experts_backward")}
+    files |= {"combine": ("combine", "combine_backward"), "experts": ("experts_forward", "experts_backward")}
     modules = {file: importlib.import_module(f"{kernel.__name__}.kernels.{file}") for file in files}
     return SimpleNamespace(**{name: getattr(modules[file], name) for file, names in files.items() for name in names})
 

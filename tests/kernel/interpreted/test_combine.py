@@ -1,4 +1,4 @@
-"""combine: each token's slots added up, in fp32 and in a fixed order."""
+"""combine and combine_backward: each token's slots added up, in fp32 and in a fixed order."""
 
 import pytest
 import torch
@@ -7,37 +7,58 @@ from ..oracle import RATIO, assert_close
 from ..poison import poisoned_memory
 from ..problems import LAYOUTS, Problem, lay_out
 
-
-def _expected(slots, weights, index, experts):
-    wide = slots.double().view(*index.shape, slots.shape[1])
-    kept = ((index >= 0) & (index < experts))[..., None]
-    wide = wide if weights is None else wide * weights.double()[..., None]
-    return torch.where(kept, wide, 0).sum(1)
+PROBLEMS = [Problem(), Problem(imbalance="some_skipped"), Problem(T=1, k=4, H=1500), Problem(k=3), Problem(T=0)]
 
 
-@pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("problem", [Problem(), Problem(imbalance="some_skipped"), Problem(T=1, k=4, H=1500)], ids=repr)
-def test_the_weighted_sum_leaves_out_skipped_slots(launchers, problem, weighted, dtype):
-    inputs = problem.draw("cpu", dtype)
-    slots = inputs.hidden_states.repeat_interleave(problem.k, 0) + torch.arange(problem.k).repeat(problem.T)[:, None]
-    slots = slots.to(dtype).masked_fill((inputs.top_k_index == problem.E).view(-1, 1), float("nan"))
-    weights = inputs.top_k_weights if weighted else None
+def _slots(problem: Problem, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(T*k, H), NaN where a slot is skipped: nobody wrote it."""
+    skipped = (index == problem.E).reshape(-1, 1)
+    return torch.rand(problem.T * problem.k, problem.H).to(dtype).masked_fill(skipped, float("nan"))
+
+
+def _sum(slots: torch.Tensor, weights: torch.Tensor, index: torch.Tensor, experts: int) -> torch.Tensor:
+    terms = slots.double().view(*index.shape, slots.shape[1]) * weights.double()[..., None]
+    return torch.where((index < experts)[..., None], terms, 0).sum(1)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=repr)
+def test_the_weighted_sum_leaves_out_skipped_slots(launchers, problem, dtype):
+    _, index, weights, *_ = problem.draw("cpu", dtype)
+    slots = _slots(problem, index, dtype)
     with poisoned_memory("cpu"):
-        out = launchers.combine(slots, weights, inputs.top_k_index, problem.E)
+        out = launchers.combine(slots, weights, index, problem.E)
     assert out.dtype == dtype
-    assert_close("combine", _expected(slots, weights, inputs.top_k_index, problem.E), out, RATIO[dtype])
+    assert_close("combine", _sum(slots, weights, index, problem.E), out, RATIO[dtype])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_may_have_any_strides_and_a_wider_dtype(launchers, layout):
-    inputs = Problem().draw("cpu", torch.float16, weights_dtype=torch.float32)
-    slots = inputs.hidden_states.repeat_interleave(2, 0)
-    weights = lay_out(inputs.top_k_weights, layout)
-    out = launchers.combine(slots, weights, inputs.top_k_index, 4)
-    assert_close("combine", _expected(slots, weights, inputs.top_k_index, 4), out, RATIO[torch.float16])
+    problem = Problem()
+    _, index, weights, *_ = problem.draw("cpu", torch.float16, weights_dtype=torch.float32)
+    slots, weights = _slots(problem, index, torch.float16), lay_out(weights, layout)
+    out = launchers.combine(slots, weights, index, problem.E)
+    assert_close("combine", _sum(slots, weights, index, problem.E), out, RATIO[torch.float16])
 
 
 def test_terms_are_added_in_fp32_and_rounded_once(launchers):
-    index = torch.arange(3)[None]
+    index, weights = torch.arange(3)[None], torch.ones(1, 3, dtype=torch.float16)
     slots = torch.tensor([[2048.0], [1.0], [-2048.0]], dtype=torch.float16)  # in fp16, 2048 + 1 is 2048
-    assert launchers.combine(slots, None, index, 4).item() == 1.0
+    assert launchers.combine(slots, weights, index, 4).item() == 1.0
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["hidden_states too", "weights alone"])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=repr)
+def test_backward_adds_up_slots_and_parts_and_gives_skipped_slots_zero(launchers, problem, wanted):
+    index = problem.draw_index("cpu")
+    slots = _slots(problem, index, torch.float16)
+    parts = torch.stack([_slots(problem, index, torch.float32)[:, 0] for _ in range(3)])
+    with poisoned_memory("cpu"):
+        grad_hidden, grad_weights = launchers.combine_backward(
+            slots if wanted else None, parts, index, problem.E, torch.float16
+        )
+    ref = torch.where(index < problem.E, parts.double().sum(0).view(index.shape), 0)
+    assert grad_weights.dtype == torch.float16
+    assert_close("gradient of weights", ref, grad_weights, RATIO[torch.float16])
+    if wanted:
+        ref = _sum(slots, torch.ones(index.shape), index, problem.E)
+        assert_close("gradient of hidden_states", ref, grad_hidden, RATIO[torch.float16])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from .. import strategies
-from ..agreement import assert_experts_agree
+from ..agreement import assert_experts_agree, assert_stray_id_is_skipped
 from ..oracle import RATIO, assert_close
 from ..poison import poisoned_memory
 from ..problems import BALANCES, LAYOUTS, SKIPPING, Problem
@@ -16,6 +16,8 @@ PROBLEMS = [
     *(Problem(T=11, k=3, E=5, H=40, I=33, imbalance=imbalance) for imbalance in BALANCES + SKIPPING),
     Problem(T=1, k=4),
     Problem(T=0),
+    Problem(T=9, H=64, I=64),  # no ragged block
+    Problem(T=400, k=1, E=2, H=17, I=17),  # enough rows an expert for the largest tiles
 ]
 
 
@@ -47,6 +49,11 @@ def test_any_problem_agrees_with_the_oracle(triton_kernel, problem, dtype, layou
     assert_experts_agree(triton_kernel, problem, "cpu", dtype, layouts)
 
 
+@pytest.mark.parametrize("stray", [-1, 5, 2**32])
+def test_an_id_outside_the_experts_counts_as_one_to_skip(triton_kernel, stray):
+    assert_stray_id_is_skipped(triton_kernel, Problem(), "cpu", stray)
+
+
 @pytest.mark.parametrize("save", [True, False])
 def test_forward_fills_the_pre_activation_only_to_save_it(launchers, save):
     problem = Problem(imbalance="some_skipped")
@@ -64,10 +71,10 @@ def test_forward_fills_the_pre_activation_only_to_save_it(launchers, save):
 
 @pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3)))
 def test_backward_computes_only_what_is_asked_for(launchers, wanted):
-    problem = Problem(T=5)
-    inputs = problem.draw("cpu", torch.float32)
+    inputs = Problem(T=5).draw("cpu", torch.float16, weights_dtype=torch.float32)
     _, *saved = launchers.experts_forward(*inputs[:-1], "silu", True)
     with poisoned_memory("cpu"):
         grads = launchers.experts_backward(inputs.grad_output, *inputs[:-1], *saved, "silu", *wanted)
     hidden, weights, gate_up, down = (grad.numel() > 0 for grad in grads)
     assert weights and (hidden, gate_up, down) == wanted
+    assert [grad.dtype for grad in grads] == [torch.float16, torch.float32, torch.float16, torch.float16]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 
 from .. import strategies
-from ..agreement import assert_linear_agrees
+from ..agreement import assert_linear_agrees, assert_rows_without_expert_are_zero
 from ..problems import BALANCES, LAYOUTS, LinearProblem
 
 PROBLEMS = [
@@ -14,7 +14,7 @@ PROBLEMS = [
     LinearProblem(M=30, K=1),
     LinearProblem(M=1),
     LinearProblem(M=0),
-    LinearProblem(M=300, E=2, N=17, K=17),
+    LinearProblem(M=400, E=2, N=17, K=17),  # enough rows an expert for the largest tiles
 ]
 
 
@@ -37,3 +37,8 @@ def test_any_strides_give_the_same(triton_kernel, layout):
 )
 def test_any_problem_agrees_with_the_oracle(triton_kernel, problem, dtype, layouts):
     assert_linear_agrees(triton_kernel, problem, "cpu", dtype, layouts)
+
+
+@pytest.mark.parametrize("sizes", [[5, 9, 7], [0, 20, 90], [20, -9, 5]], ids=["few", "many", "negative"])
+def test_m_sizes_that_do_not_fit_leave_zeros_behind_and_nothing_past_the_end(triton_kernel, sizes):
+    assert_rows_without_expert_are_zero(triton_kernel, LinearProblem(E=3), "cpu", sizes)

@@ -1,0 +1,72 @@
+"""The launcher's key: two calls that Triton would compile differently never share a compiled kernel."""
+
+import importlib
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@triton.jit(do_not_specialize=["count"])
+def _kernel(x, maybe, count, stride, NAME: tl.constexpr, SIZE: tl.constexpr):
+    pass
+
+
+TRITONS_OWN = create_function_from_signature(_kernel.signature, _kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+
+COUNTS = st.sampled_from([0, 1, 2, 16, 17, 2**31 - 1, 2**31, 2**40])
+INTEGERS = COUNTS | st.just(-1)
+TENSORS = st.builds(
+    lambda dtype, start: torch.zeros(64, dtype=dtype)[start:],
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64]),
+    st.sampled_from([0, 1, 16]),
+)
+DESCRIPTORS = st.builds(
+    lambda dtype, block: TensorDescriptor(torch.zeros(64, 64, dtype=dtype), [64, 64], [64, 1], block),
+    st.sampled_from([torch.bfloat16, torch.float16]),
+    st.sampled_from([[16, 64], [64, 16], [64, 64]]),
+)
+ARGUMENTS = st.tuples(
+    TENSORS,
+    st.one_of(st.none(), TENSORS, DESCRIPTORS),
+    COUNTS,
+    INTEGERS,
+    st.sampled_from(["silu", "gelu"]),
+    st.sampled_from([16, 32]),
+)
+
+
+@pytest.fixture(scope="module")
+def trait(kernel):
+    return importlib.import_module(f"{kernel.__name__}.kernels.launch")._trait
+
+
+@settings(max_examples=400)
+@given(ARGUMENTS, ARGUMENTS, st.integers(0, 5))
+def test_calls_that_triton_tells_apart_have_different_keys(trait, first, second, position):
+    """Of two calls that differ in one argument, or in all."""
+    one_changed = (*first[:position], second[position], *first[position + 1 :])
+    for other in (one_changed, second):
+        if _specialization(first) != _specialization(other):
+            assert _key(trait, first) != _key(trait, other)
+
+
+def test_a_new_number_of_tokens_is_the_same_key(trait):
+    x = torch.zeros(64)
+    keys = {_key(trait, (x, None, count, 64, "silu", 16)) for count in (1, 16, 17, 4096, 2**31 - 1)}
+    assert len(keys) == 1
+
+
+def _specialization(arguments: tuple) -> list:
+    return TRITONS_OWN(*arguments)[1]
+
+
+def _key(trait, arguments: tuple) -> tuple:
+    return tuple(map(trait, arguments, _kernel.params))
