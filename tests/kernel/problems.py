@@ -18,9 +18,9 @@ BALANCES = ("random", "one_takes_all", "one_row_each", "some_empty")
 SKIPPING = ("some_skipped", "all_skipped")
 LAYOUTS = ("contiguous", "transposed", "padded", "aligned", "expanded")
 
-FEW = 24
-"""Below this many elements a tensor's sums may all cancel, and no rounding error is small beside what is left; such
-problems are drawn positive, where nothing cancels."""
+FEW = 48
+"""With fewer elements than this all sums of a tensor may happen to cancel, and no rounding error is small beside what
+is left of them. Such problems are drawn positive, and nothing cancels."""
 
 
 class _Drawn:
@@ -40,7 +40,10 @@ class _Drawn:
     def normal(self, generator: torch.Generator, dtype: torch.dtype, *shape: int, fan_in: int = 1) -> Tensor:
         """Normal numbers, scaled so that a sum over ``fan_in`` of them times normal ones is about 1."""
         numbers = torch.randn(shape, generator=generator, device=generator.device)
-        numbers = numbers.abs_().div_(max(fan_in, 1)) if self.few() else numbers.div_(max(fan_in, 1) ** 0.5)
+        if self.positive or self.elements() < FEW:
+            numbers.abs_().div_(max(fan_in, 1))
+        else:
+            numbers.div_(max(fan_in, 1) ** 0.5)
         return numbers.to(dtype)
 
 
@@ -59,17 +62,18 @@ class ExpertsInputs(NamedTuple):
 class Problem(_Drawn):
     """An experts layer: T tokens, k experts a token, E experts, H hidden, I intermediate."""
 
-    T: int = 13
+    T: int = 32
     k: int = 2
     E: int = 4
     H: int = 24
     I: int = 16
     imbalance: str = "random"
     activation: str = "silu"
+    positive: bool = False
     seed: Optional[int] = None
 
-    def few(self) -> bool:
-        return min(self.T * self.k, self.T * self.H, self.H * self.I) < FEW
+    def elements(self) -> int:
+        return min(self.T * self.k, self.T * self.H, self.H * self.I)
 
     def draw_index(self, device: str) -> Tensor:
         """top_k_index alone."""
@@ -107,10 +111,11 @@ class LinearProblem(_Drawn):
     K: int = 16
     E: int = 4
     imbalance: str = "random"
+    positive: bool = False
     seed: Optional[int] = None
 
-    def few(self) -> bool:
-        return min(self.M * self.N, self.M * self.K, self.N * self.K) < FEW
+    def elements(self) -> int:
+        return min(self.M * self.N, self.M * self.K, self.N * self.K)
 
     def draw(self, device: str, dtype: torch.dtype) -> LinearInputs:
         g = self.generator(device)

@@ -32,18 +32,18 @@ LINEAR_ERRORS = [
 ]
 
 EXPERTS_ERRORS = [
-    ("hidden_states", lambda x: x[None], ValueError, r"hidden_states must have shape \(T, H\), got \(1, 13, 24\)"),
+    ("hidden_states", lambda x: x[None], ValueError, r"hidden_states must have shape \(T, H\), got \(1, 32, 24\)"),
     ("hidden_states", lambda x: None, TypeError, r"hidden_states must be a tensor .*, got NoneType"),
     ("hidden_states", lambda x: x.int(), TypeError, r"hidden_states must be one of .*, got torch.int32"),
     ("hidden_states", lambda x: x[:, :-1], ValueError, r"gate_up_proj must have size 23 in dimension 2 \(H of hidden"),
     ("top_k_index", lambda x: x[0], ValueError, r"top_k_index must have shape \(T, k\), got \(2,\)"),
     ("top_k_index", lambda x: x.float(), TypeError, r"top_k_index must be one of torch.int32, .*, got torch.float32"),
-    ("top_k_index", lambda x: x[1:], ValueError, r"top_k_index must have size 13 in dimension 0 \(T of hidden_states"),
+    ("top_k_index", lambda x: x[1:], ValueError, r"top_k_index must have size 32 in dimension 0 \(T of hidden_states"),
     ("top_k_index", lambda x: x[:, :1], ValueError, r"top_k_weights must have size 1 in dimension 1 \(k of top_k_ind"),
     ("top_k_index", lambda x: x.to("meta"), ValueError, r"top_k_index must be on \w+(:0)? like hidden_.*, got meta"),
-    ("top_k_weights", lambda x: x.flatten(), ValueError, r"top_k_weights must have shape \(T, k\), got \(26,\)"),
+    ("top_k_weights", lambda x: x.flatten(), ValueError, r"top_k_weights must have shape \(T, k\), got \(64,\)"),
     ("top_k_weights", lambda x: x.long(), TypeError, r"top_k_weights must be one of .*, got torch.int64"),
-    ("top_k_weights", lambda x: x[1:], ValueError, r"top_k_weights must have size 13 in dimension 0 \(T of hidden"),
+    ("top_k_weights", lambda x: x[1:], ValueError, r"top_k_weights must have size 32 in dimension 0 \(T of hidden"),
     ("top_k_weights", lambda x: x.to("meta"), ValueError, r"top_k_weights must be on \w+(:0)? like hid.*, got meta"),
     ("gate_up_proj", lambda x: x[0], ValueError, r"gate_up_proj must have shape \(E, 2I, H\), got \(32, 24\)"),
     (

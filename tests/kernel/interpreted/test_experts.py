@@ -13,7 +13,7 @@ from ..poison import poisoned_memory
 from ..problems import BALANCES, LAYOUTS, SKIPPING, Problem
 
 PROBLEMS = [
-    *(Problem(T=11, k=3, E=5, H=40, I=33, imbalance=imbalance) for imbalance in BALANCES + SKIPPING),
+    *(Problem(T=17, k=3, E=5, H=40, I=33, imbalance=imbalance) for imbalance in BALANCES + SKIPPING),
     Problem(T=1, k=4),
     Problem(T=0),
     Problem(T=9, H=64, I=64),  # no ragged block

@@ -14,6 +14,8 @@ PROBLEMS = [
     LinearProblem(M=30, K=1),
     LinearProblem(M=1),
     LinearProblem(M=0),
+    LinearProblem(N=0),
+    LinearProblem(K=0),
     LinearProblem(M=400, E=2, N=17, K=17),  # enough rows an expert for the largest tiles
 ]
 
