@@ -44,23 +44,23 @@ ARGUMENTS = st.tuples(
 
 
 @pytest.fixture(scope="module")
-def trait(kernel):
-    return importlib.import_module(f"{kernel.__name__}.kernels.launch")._trait
+def traits(kernel):
+    return importlib.import_module(f"{kernel.__name__}.kernels.launch")._traits
 
 
 @settings(max_examples=400)
 @given(ARGUMENTS, ARGUMENTS, st.integers(0, 5))
-def test_calls_that_triton_tells_apart_have_different_keys(trait, first, second, position):
+def test_calls_that_triton_tells_apart_have_different_keys(traits, first, second, position):
     """Of two calls that differ in one argument, or in all."""
     one_changed = (*first[:position], second[position], *first[position + 1 :])
     for other in (one_changed, second):
         if _specialization(first) != _specialization(other):
-            assert _key(trait, first) != _key(trait, other)
+            assert _key(traits, first) != _key(traits, other)
 
 
-def test_a_new_number_of_tokens_is_the_same_key(trait):
+def test_a_new_number_of_tokens_is_the_same_key(traits):
     x = torch.zeros(64)
-    keys = {_key(trait, (x, None, count, 64, "silu", 16)) for count in (1, 16, 17, 4096, 2**31 - 1)}
+    keys = {_key(traits, (x, None, count, 64, "silu", 16)) for count in (1, 16, 17, 4096, 2**31 - 1)}
     assert len(keys) == 1
 
 
@@ -68,5 +68,5 @@ def _specialization(arguments: tuple) -> list:
     return TRITONS_OWN(*arguments)[1]
 
 
-def _key(trait, arguments: tuple) -> tuple:
-    return tuple(map(trait, arguments, _kernel.params))
+def _key(traits, arguments: tuple) -> tuple:
+    return tuple(traitss(_kernel, arguments))

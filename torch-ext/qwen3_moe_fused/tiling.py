@@ -25,6 +25,8 @@ class Tile:
 
     def fit(self, n: int, k: int) -> "Tile":
         """No wider than a thin matrix of n columns and depth k needs; a dot takes at least 16."""
+        if self.block_n <= n and self.block_k <= k:
+            return self
         return replace(self, block_n=min(self.block_n, _padded(n)), block_k=min(self.block_k, _padded(k)))
 
 

@@ -6,12 +6,14 @@ calls with the same key launch that one directly. The key holds all that Triton 
 that it does.
 """
 
-from typing import Any, Dict, Tuple
+import functools
+from typing import Any, Dict, List, Tuple
 
 import torch
 import triton
 
 _compiled: Dict[Tuple, Any] = {}
+_CONSTANTS = (int, bool, str, type(None))
 
 
 def launch(kernel: triton.JITFunction, grid: Tuple[int, ...], num_warps: int, num_stages: int, *args: Any) -> None:
@@ -24,7 +26,7 @@ def launch(kernel: triton.JITFunction, grid: Tuple[int, ...], num_warps: int, nu
     if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter compiles nothing
         kernel[grid](*args)
         return
-    key = (kernel, num_warps, num_stages, torch.cuda.current_device(), *map(_trait, args, kernel.params))
+    key = (kernel.__name__, num_warps, num_stages, torch.cuda.current_device(), *_traits(kernel, args))
     compiled = _compiled.get(key)
     if compiled is None:
         _compiled[key] = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages)
@@ -32,12 +34,21 @@ def launch(kernel: triton.JITFunction, grid: Tuple[int, ...], num_warps: int, nu
         compiled[grid](*args)
 
 
-def _trait(arg: Any, param: Any) -> Any:
-    """What of an argument decides which compiled kernel fits."""
+def _traits(kernel: triton.JITFunction, args: Tuple) -> List:
+    """What of each argument decides which compiled kernel fits."""
+    traits = [arg if type(arg) in _CONSTANTS else _tensor_trait(arg) for arg in args]
+    for i in _free(kernel):
+        traits[i] = args[i].bit_length() < 32
+    return traits
+
+
+def _tensor_trait(arg: Any) -> Tuple:
     if isinstance(arg, torch.Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
-    if isinstance(arg, int) and not param.is_constexpr and param.do_not_specialize:
-        return arg.bit_length() < 32
-    if hasattr(arg, "block_shape"):
-        return arg.base.dtype, *arg.block_shape
-    return arg
+    return arg.base.dtype, *arg.block_shape
+
+
+@functools.cache
+def _free(kernel: triton.JITFunction) -> Tuple[int, ...]:
+    """Positions of the integers whose value the kernel is not compiled for."""
+    return tuple(i for i, param in enumerate(kernel.params) if not param.is_constexpr and param.do_not_specialize)
