@@ -29,7 +29,7 @@ def experts_function(kernel: ModuleType) -> Callable:
         reason = _gate_reason(experts) or kernel.unsupported_reason(experts)
         if reason is None:
             return layer.forward(experts, hidden_states, top_k_index, top_k_weights)
-        logger.warning_once(
+        _warn_once(
             f"{type(experts).__name__} runs on Transformers' {STOCK_IMPLEMENTATION} instead of "
             f"{EXPERTS_IMPLEMENTATION}: {reason}"
         )
@@ -43,3 +43,9 @@ def _gate_reason(experts: nn.Module) -> Optional[str]:
     if type(experts)._apply_gate is not _default_apply_gate:
         return "it joins its gate and up projections in a way of its own"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _warn_once(line: str) -> None:
+    """Under ``torch.compile`` this is called while the model is traced; to trace a logger would break the graph."""
+    logger.warning_once(line)

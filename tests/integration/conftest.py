@@ -1,5 +1,6 @@
 """Fixtures of the integration's tests: the built kernel as a source, and fresh random numbers with their seed."""
 
+import logging
 import secrets
 
 import pytest
@@ -28,3 +29,13 @@ def seed() -> int:
     print(f"torch.manual_seed({seed})")
     torch.manual_seed(seed)
     return seed
+
+
+@pytest.fixture
+def warnings(monkeypatch) -> list[str]:
+    """The lines that the integration has warned with, as if it had warned of nothing before."""
+    lines = []
+    logger = logging.getLogger("qwen3_moe_integration.experts")
+    monkeypatch.setattr(logger, "warning", lambda line, *_, **__: lines.append(line))
+    logging.Logger.warning_once.cache_clear()
+    return lines

@@ -76,7 +76,9 @@ def assert_same_training(
 ) -> None:
     """Logits, loss and the gradient of every trained parameter are the same; ``call`` runs ``model`` another way."""
     input_ids = tokens(length=length, device=str(next(stock.parameters()).device))
-    want, got = (_training_step(*each, input_ids) for each in ((stock, stock), (model, call or model)))
+    want, got = (
+        _training_step(*each, input_ids) for each in ((stock, stock), (model, model if call is None else call))
+    )
     assert got.keys() == want.keys()
     for name, tensor in want.items():
         assert_close(name, tensor, got[name], ratio)

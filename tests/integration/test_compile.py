@@ -44,3 +44,14 @@ def test_a_compiled_model_trains_as_stock(source):
     compiled = torch.compile(kernelize_model(model, kernel=source), fullgraph=True, dynamic=True, backend="aot_eager")
     for length in LENGTHS:
         assert_same_training(model, stock, compiled, length)
+
+
+def test_experts_that_stay_stock_compile_and_warn_once(registered, warnings):
+    model = QWEN3.build(num_hidden_layers=1, hidden_act="relu")
+    stock = stock_twin(model)
+    model.set_experts_implementation("qwen3_moe_fused")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for length in LENGTHS:
+        input_ids = tokens(length=length)
+        assert_close("logits", stock(input_ids).logits, compiled(input_ids=input_ids, use_cache=False).logits, 1e-5)
+    assert len(warnings) == 1

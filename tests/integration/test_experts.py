@@ -6,7 +6,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from qwen3_moe_integration import kernelize_model
 from tests.integration.models import (
@@ -44,9 +43,11 @@ FUSED = [
     Tiny("glm4_moe", {**GROUPED, "n_group": 1, "topk_group": 1}, moe_layers=1),
     Tiny("granitemoe", LOCAL),
     Tiny("gemma4_text", {"enable_moe_block": True, "top_k_experts": 2, "hidden_size_per_layer_input": 0}),  # gelu_tanh
-    Tiny("aria_text", {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1}),  # transposed weights
     Tiny("lfm2_moe", {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}, moe_layers=1),
 ]
+ARIA = Tiny("aria_text", {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1})
+"""Its weights are transposed. The oldest supported Transformers does not give it the interface yet."""
+
 STOCK = [
     (Tiny("gpt_oss", LOCAL), "GptOssExperts", "it joins its gate and up projections in a way of its own"),
     (Tiny("nemotron_h", {**GROUPED, "layers_block_type": ["moe", "attention"]}), "NemotronHExperts", "it has no gate"),
@@ -54,19 +55,10 @@ STOCK = [
 ]
 
 
-@pytest.fixture
-def warnings(monkeypatch) -> list:
-    """Every warning that Transformers' logger for the interface writes."""
-    lines = []
-    logger = logging.get_logger("qwen3_moe_integration.experts")
-    monkeypatch.setattr(logger, "warning", lambda line, *_, **__: lines.append(line))
-    logging.logging.Logger.warning_once.cache_clear()
-    return lines
-
-
-@pytest.mark.parametrize("tiny", FUSED, ids=repr)
+@pytest.mark.parametrize("tiny", [*(pytest.param(tiny, marks=pytest.mark.compat) for tiny in FUSED), ARIA], ids=repr)
 def test_the_kernel_computes_the_experts_of(tiny, registered, warnings):
-    model = tiny.build()
+    """In fp64: some of these models' gradients are ill-conditioned, and round-off would pass for a mistake."""
+    model = tiny.build().double()
     stock = stock_twin(model)
     model.set_experts_implementation(OURS)
     with ExpertsCalls() as calls:
@@ -76,6 +68,7 @@ def test_the_kernel_computes_the_experts_of(tiny, registered, warnings):
     assert warnings == []
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(("tiny", "experts", "reason"), STOCK, ids=repr)
 def test_experts_that_the_kernel_cannot_compute_stay_stock_with_one_warning(
     tiny, experts, reason, registered, warnings

@@ -20,6 +20,7 @@ CONFIGS = pytest.mark.parametrize("config", [ATTENTION, EXPERTS], ids=["attentio
 """``init_lora_weights=False`` makes every factor random, so that the adapters change the result."""
 
 
+@pytest.mark.compat
 @CONFIGS
 @pytest.mark.parametrize("kernelized", ["before", "after"])
 def test_adapters_train_as_on_stock_experts(source, config, kernelized):
