@@ -69,4 +69,4 @@ def _specialization(arguments: tuple) -> list:
 
 
 def _key(traits, arguments: tuple) -> tuple:
-    return tuple(traitss(_kernel, arguments))
+    return tuple(traits(_kernel, arguments))
