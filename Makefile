@@ -19,7 +19,7 @@ test: build lint .compat/ready .publish/ready
 	@echo "== Tests: transformers and kernels of requirements.txt"
 	@$(BIN)/python -m pytest $(ARGS)
 	@echo "== Tests: transformers and kernels of requirements-compat.txt, with the same build"
-	@PYTHONPATH=.compat $(BIN)/python -m pytest -m compat --kernel-dir . $(ARGS)
+	@PYTHONPATH="$(CURDIR)/.compat" $(BIN)/python -m pytest -m compat --kernel-dir . $(ARGS)
 
 demo: build
 	@LOCAL_KERNELS="$(REPO)=$(CURDIR)" $(BIN)/python examples/finetune.py $(ARGS)
@@ -29,7 +29,7 @@ build: .venv/ready
 	@$(BIN)/python scripts/build_kernel.py
 
 publish: .publish/ready
-	@PYTHONPATH=.publish $(BIN)/python scripts/publish_kernel.py $(ARGS)
+	@PYTHONPATH="$(CURDIR)/.publish" $(BIN)/python scripts/publish_kernel.py $(ARGS)
 
 lint: .venv/ready
 	@echo "== Linting"

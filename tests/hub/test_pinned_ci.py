@@ -1,0 +1,64 @@
+"""examples/pinned-ci as its README and its workflow say: locked, downloaded, tested, and refused when the lock is not
+for this Hub."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+EXAMPLE = ROOT / "examples/pinned-ci"
+
+
+@pytest.fixture
+def project(user):
+    """The example in the user's home, as a clone of it would be."""
+    ignore = shutil.ignore_patterns("__pycache__", ".pytest_cache", "*.egg-info")
+    return shutil.copytree(EXAMPLE, user.home / "project", ignore=ignore)
+
+
+def workflow_commands() -> list[str]:
+    """What the CI workflow runs, but for installing packages."""
+    steps = yaml.safe_load((EXAMPLE / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
+    commands = [step["run"] for step in steps if "run" in step]
+    assert commands[0].startswith("pip install")
+    return commands[1:]
+
+
+def without_commits(lock: str) -> list[dict]:
+    entries = json.loads(lock)
+    assert all(len(entry["lock"].pop("commit")) == 40 for entry in entries)
+    return entries
+
+
+def test_workflow_passes_once_the_project_is_locked_for_this_hub(user, project, v1):
+    committed = (project / "kernels.lock").read_text()
+    user.shell("kernels lock .", project)
+    locked = (project / "kernels.lock").read_text()
+    assert json.loads(locked)[0]["lock"]["commit"] == v1
+    assert without_commits(locked) == without_commits(committed), "the committed lock is for the same dependencies"
+
+    outputs = [user.shell(command, project) for command in workflow_commands()]
+    assert len(outputs) == 2
+    assert "3 passed" in outputs[-1]
+
+
+def test_a_lock_for_another_hub_is_refused_and_nothing_else_is_loaded(user, project, hub, v1):
+    commit = json.loads((project / "kernels.lock").read_text())[0]["lock"]["commit"]
+    assert commit != v1
+    asked = len(hub.requests)
+
+    def program(project):
+        import sys
+
+        sys.path.insert(0, project)
+        import moe_layer
+
+        return moe_layer.kernel.__file__
+
+    kind, message = user.error(program, str(project))
+    assert kind == "RevisionNotFoundError"
+    assert commit in message
+    assert not any("/resolve/" in request for request in hub.requests[asked:])
