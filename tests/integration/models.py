@@ -89,7 +89,8 @@ def _training_step(model: nn.Module, call: Callable, input_ids: Tensor) -> dict[
     out = call(input_ids=input_ids, labels=input_ids, use_cache=False)
     out.loss.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {"logits": out.logits, "loss": out.loss, **grads}
+    results = {"logits": out.logits, "loss": out.loss, **grads}
+    return {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in results.items()}
 
 
 def generated(model: nn.Module, length: int = 12) -> Tensor:
