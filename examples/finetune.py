@@ -1,0 +1,224 @@
+"""Fine-tunes a Qwen3-MoE with the qwen3-moe-fused kernel, by Transformers' Trainer or TRL's SFTTrainer.
+
+    python examples/finetune.py                                             a small model, made on the spot
+    python examples/finetune.py --model Qwen/Qwen3-30B-A3B --dataset notes.jsonl
+    python examples/finetune.py --resume                                    goes on from the last checkpoint
+
+A model of yours is trained by LoRA on its attention; the small one, whose weights are random, is trained whole.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from peft import LoraConfig, get_peft_model
+from tiny_checkpoint import make_checkpoint, texts
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from qwen3_moe_integration import KernelSource, kernelize_model
+
+ON_GPU = torch.cuda.is_available()
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or Hub id of a Qwen3-MoE (default: a small one, made in --output)")
+    parser.add_argument("--dataset", help="text or JSONL file, or dataset id (default: Python's language reference)")
+    parser.add_argument("--text-column", default="text", help="column, or JSONL field, that holds the text")
+    parser.add_argument("--output", type=Path, default=Path("outputs/finetune"))
+    parser.add_argument("--kernel", type=Path, help="folder of a built kernel (default: version 1 of the Hub's)")
+    parser.add_argument("--trainer", choices=["trainer", "sft"], default="trainer")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--lr", type=float, help="default: 3e-3 for the small model, 2e-4 for LoRA")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA on attention")
+    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    return parser.parse_args(argv)
+
+
+def read_texts(dataset: str | None, column: str) -> list[str]:
+    """The documents of a text file (one), a JSONL file (one a line) or a dataset's train split (one a row)."""
+    if dataset is None:
+        return texts()
+    path = Path(dataset)
+    if path.suffix in (".txt", ".md", ".json", ".jsonl") and not path.is_file():
+        raise SystemExit(f"--dataset: there is no file {path}")
+    if not path.is_file():
+        rows = load_dataset(dataset, split="train")
+        if column not in rows.column_names:
+            raise SystemExit(f"--dataset {dataset}: no column {column!r}, there are {', '.join(rows.column_names)}")
+        return list(rows[column])
+    if path.suffix not in (".json", ".jsonl"):
+        return [path.read_text(encoding="utf-8")]
+    documents = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                documents.append(json.loads(line)[column])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise SystemExit(
+                    f"--dataset {path}, line {number}: wants JSON with {column!r}, got {error!r}"
+                ) from None
+    return documents
+
+
+def pack(documents: list[str], tokenizer, seq_len: int) -> tuple[Dataset, Dataset]:
+    """All documents end to end, cut into sequences of ``seq_len`` tokens; every twentieth is held out."""
+    tokens = []
+    for document in documents:
+        tokens += [*tokenizer(document).input_ids, tokenizer.eos_token_id]
+    sequences = [tokens[i : i + seq_len] for i in range(0, len(tokens) - seq_len + 1, seq_len)]
+    if len(sequences) < 2:
+        raise SystemExit(
+            f"--dataset: {len(tokens)} tokens are too few for a sequence to train on and one to hold out "
+            f"({2 * seq_len} tokens); give more text or a smaller --seq-len"
+        )
+    held_out, kept = sequences[::20], [row for i, row in enumerate(sequences) if i % 20]
+    print(f"Text: {len(tokens)} tokens; {len(kept)} sequences of {seq_len} to train on, {len(held_out)} held out.")
+    return tuple(Dataset.from_dict({"input_ids": rows, "labels": rows}) for rows in (kept, held_out))
+
+
+def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, AutoTokenizer]:
+    """The checkpoint with its experts on the kernel, ready to train."""
+    path = options.model
+    if path is None:
+        path = options.output / "small-qwen3-moe"
+        if not path.exists():
+            print(f"Model: making a small Qwen3-MoE in {path} (random weights, per-expert shards, own tokenizer).")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            make_checkpoint(path)
+    dtype = torch.bfloat16 if ON_GPU and options.model else torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map="cuda" if ON_GPU else "cpu")
+    model.config.use_cache = False
+    try:
+        kernelize_model(model, "training", KernelSource(path=options.kernel))
+    except (FileNotFoundError, ValueError, OSError) as error:
+        raise SystemExit(
+            f"The kernel could not be put into the model: {error}\n"
+            "Build it with `python scripts/build_kernel.py` and give --kernel . for a local one."
+        ) from error
+    layers = sum(type(module).__name__ == "Qwen3MoeSparseMoeBlock" for module in model.modules())
+    print(f"Kernel: {layers} Mixture-of-Experts layers of {path} now run on it.")
+    if options.model:
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=targets, task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print(f"Training {trained / 1e6:.2f} M of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters.")
+    return model, tokenizer
+
+
+def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, held_out: Dataset) -> Trainer:
+    arguments = {
+        "output_dir": str(options.output / "checkpoints"),
+        "max_steps": options.steps,
+        "per_device_train_batch_size": options.batch_size,
+        "per_device_eval_batch_size": options.batch_size,
+        "learning_rate": options.lr or (2e-4 if options.model else 3e-3),
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": min(10, options.steps // 10),
+        "eval_strategy": "steps",
+        "eval_steps": options.save_every,
+        "save_steps": options.save_every,
+        "save_total_limit": 2,
+        "logging_steps": max(1, min(10, options.steps // 10)),
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "bf16": ON_GPU,
+        "use_cpu": not ON_GPU,
+        "dataloader_pin_memory": ON_GPU,
+        "report_to": "none",
+        "seed": 0,
+    }
+    kind, config = Trainer, TrainingArguments
+    if options.trainer == "sft":
+        from trl import SFTConfig, SFTTrainer
+
+        kind, config = SFTTrainer, SFTConfig
+        arguments |= {"max_length": options.seq_len, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    return kind(
+        model=model,
+        args=config(**arguments),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+    )
+
+
+def plot_losses(history: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for key, label in (("loss", "training"), ("eval_loss", "held out")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        axes.plot(*zip(*points, strict=True), marker="o" if key == "eval_loss" else None, label=label)
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.legend()
+    beside = path.with_suffix(".part.png")
+    figure.savefig(beside, dpi=150, bbox_inches="tight")
+    beside.rename(path)
+
+
+def save(trainer: Trainer, folder: Path) -> None:
+    """The trained model, or its adapter; ``folder`` is replaced only when the new one is complete."""
+    beside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    trainer.save_model(str(beside))
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
+def main() -> None:
+    options = parse()
+    set_seed(0)
+    documents = read_texts(options.dataset, options.text_column)
+    checkpoint = get_last_checkpoint(options.output / "checkpoints") if options.resume else None
+    if options.resume and checkpoint is None:
+        raise SystemExit(f"--resume: there is no checkpoint in {options.output / 'checkpoints'}")
+    model, tokenizer = load_model(options)
+    trainer = make_trainer(options, model, tokenizer, *pack(documents, tokenizer, options.seq_len))
+    where = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
+    print(f"Training {options.steps} steps on {where}{f', going on from {checkpoint}' if checkpoint else ''} ...")
+    before = trainer.evaluate()["eval_loss"]
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    after = trainer.evaluate()["eval_loss"]
+    save(trainer, options.output / "model")
+    plot_losses(trainer.state.log_history, options.output / "loss.png")
+
+    steps = options.steps - (int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
+    seconds = result.metrics["train_runtime"]
+    peak = torch.cuda.max_memory_allocated() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rows = [
+        ("loss before, held-out text", f"{before:.4f}"),
+        ("loss after, held-out text", f"{after:.4f}"),
+        ("tokens a second", f"{steps * options.batch_size * options.seq_len / seconds:.0f}"),
+        (f"peak {'GPU' if ON_GPU else 'process'} memory", f"{peak / 2**20:.0f} MiB"),
+        ("seconds", f"{seconds:.1f}"),
+        ("model", str(options.output / "model")),
+        ("loss curve", str(options.output / "loss.png")),
+    ]
+    print("\n" + "\n".join(f"{name:28s} {value}" for name, value in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""examples/finetune.py as a user runs it: a command, its output, and the files it leaves."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("--seq-len", "32", "--batch-size", "4", "--save-every", "4")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """Two documents, few enough that evaluation takes no time."""
+    path = tmp_path_factory.mktemp("text") / "notes.jsonl"
+    documents = ["A grouped product multiplies every row by the matrix of its own expert. " * 60, "A short one. " * 40]
+    path.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finetune(kernel_dir):
+    def run(*arguments, code: int = 0) -> str:
+        environment = os.environ | {
+            "LOCAL_KERNELS": f"org/qwen3-moe-fused={kernel_dir}",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "integration"), os.environ.get("PYTHONPATH", "")]),
+        }
+        command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *map(str, arguments)]
+        ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+        assert ran.returncode == code, f"{ran.stdout}\n{ran.stderr}"
+        return ran.stdout + ran.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(finetune, text, tmp_path_factory) -> Path:
+    """The folder of a run of eight steps that nothing interrupted, and what it printed."""
+    output = tmp_path_factory.mktemp("whole")
+    (output / "printed").write_text(finetune("--dataset", text, "--output", output, "--steps", 8, *SMALL))
+    return output
+
+
+def test_the_loss_falls_and_the_files_are_there(whole):
+    printed = (whole / "printed").read_text()
+    assert "Kernel: 3 Mixture-of-Experts layers" in printed
+    before, after = (
+        float(re.search(rf"loss {word}, held-out text +(\S+)", printed)[1]) for word in ("before", "after")
+    )
+    assert after < before - 0.5
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+    names = {path.name for path in (whole / "small-qwen3-moe").iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= names
+    assert not list(whole.glob("*.part*"))
+
+
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(finetune, text, whole, tmp_path):
+    (tmp_path / "small-qwen3-moe").symlink_to(whole / "small-qwen3-moe")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "checkpoint-4").symlink_to(whole / "checkpoints" / "checkpoint-4")
+    finetune("--dataset", text, "--output", tmp_path, "--steps", 8, "--resume", *SMALL)
+    assert _losses(tmp_path) == pytest.approx(_losses(whole), rel=1e-4)
+
+
+def test_an_adapter_trained_by_trl_loads_with_stock_libraries(finetune, text, whole, tmp_path):
+    model = whole / "small-qwen3-moe"
+    finetune(
+        "--model",
+        model,
+        "--dataset",
+        text,
+        "--output",
+        tmp_path,
+        "--trainer",
+        "sft",
+        "--steps",
+        4,
+        "--lr",
+        1e-2,
+        *SMALL,
+    )
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model)
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        untrained = base(tokens).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path / "model")(tokens).logits
+    assert torch.isfinite(adapted).all()
+    assert (adapted - untrained).norm() > 1e-3 * untrained.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "there is no file"),
+        ("broken.jsonl", '{"text": "one"}\n{"body": "two"}', "line 2"),
+        ("short.txt", "Too little.", "too few"),
+    ],
+)
+def test_bad_text_is_named_before_training(finetune, whole, tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    arguments = ("--dataset", tmp_path / name, "--output", whole)
+    assert message in finetune(*arguments, *SMALL, code=1)
+
+
+def _losses(output: Path) -> list[float]:
+    last = max((output / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry and entry["step"] > 4]
