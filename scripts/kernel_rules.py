@@ -81,8 +81,7 @@ def _imports(tree: ast.Module, depth: int) -> Iterator[tuple[int, str]]:
 
 
 def _ops(tree: ast.Module, depth: int) -> Iterator[tuple[int, str]]:
-    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and _is_ops_import(node, depth)]
-    imported = any(alias.name == PREFIX and alias.asname is None for node in imports for alias in node.names)
+    imports = [node for node in tree.body if _is_prefix_import(node, depth)]
     for node in ast.walk(tree):
         if _binds_prefix(node) and node not in imports:
             yield node.lineno, f"must take {PREFIX} from ._ops at the top of the file, under its own name"
@@ -91,7 +90,7 @@ def _ops(tree: ast.Module, depth: int) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Call) and _names_an_op(node):
             if not (node.args and isinstance(node.args[0], ast.Call) and _name(node.args[0].func) == PREFIX):
                 yield node.lineno, f"must name its op with {PREFIX}(...): {ast.unparse(node)[:60]}"
-            elif not imported:
+            elif not imports:
                 yield node.lineno, f"must import {PREFIX} from ._ops"
         for decorator in getattr(node, "decorator_list", []):
             if _registers_by_method(decorator):
@@ -117,13 +116,18 @@ def _is_library(function: ast.expr) -> bool:
     return isinstance(function, ast.Attribute) and ast.unparse(function.value).endswith("library")
 
 
-def _is_ops_import(node: ast.ImportFrom, depth: int) -> bool:
-    return node.module == "_ops" and node.level == depth
+def _is_prefix_import(node: ast.stmt, depth: int) -> bool:
+    """Whether it is ``from ._ops import add_op_namespace_prefix``, with the dots that lead to the package's top."""
+    return (
+        isinstance(node, ast.ImportFrom)
+        and (node.module, node.level) == ("_ops", depth)
+        and any((alias.name, alias.asname) == (PREFIX, None) for alias in node.names)
+    )
 
 
 def _binds_prefix(node: ast.AST) -> bool:
     if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return any(PREFIX in (alias.name, alias.asname) and alias.name != alias.asname for alias in node.names)
+        return any(PREFIX in (alias.name, alias.asname) for alias in node.names)
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return node.name == PREFIX
     return isinstance(node, ast.Name) and node.id == PREFIX and isinstance(node.ctx, ast.Store)

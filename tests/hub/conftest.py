@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
 from tests.hub.server import TOKEN, Hub
 from tests.hub.user import User
 
 REPO = "org/qwen3-moe-fused"
+VARIANT = "torch-cuda" if torch.version.cuda else "torch-cpu"  # the one kernels takes: PyTorch's build decides
 IDENTITY = ["-c", "user.name=Maintainer", "-c", "user.email=maintainer@localhost"]
 DATE = "2026-01-01T00:00:00+0000"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.conftest import REPO
+from tests.hub.conftest import REPO, VARIANT
 
 
 def locked_file(repo_id, lockfile):
@@ -53,7 +53,7 @@ def test_download_leaves_nothing_to_download_when_the_locked_kernel_is_loaded(us
     lock = locked_project(user, REPO)
     user.shell("kernels download .", lock.parent)
     asked = len(hub.requests)
-    assert f"/snapshots/{v1}/build/torch-cpu/" in user.call(locked_file, REPO, str(lock))
+    assert f"/snapshots/{v1}/build/{VARIANT}/" in user.call(locked_file, REPO, str(lock))
     assert not any(request.startswith("GET /kernels/") for request in hub.requests[asked:])
 
 
@@ -65,7 +65,7 @@ def test_load_kernel_needs_no_network_after_a_full_snapshot_of_the_locked_commit
     asked = len(hub.requests)
     for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
         file = user.call(loaded_file, REPO, str(lock), **environment)
-        assert file.endswith(f"/snapshots/{v1}/build/torch-cpu/__init__.py")
+        assert file.endswith(f"/snapshots/{v1}/build/{VARIANT}/__init__.py")
     assert len(hub.requests) == asked
 
 

@@ -52,23 +52,25 @@ def test_card_lists_the_public_functions_and_layers(hub, v1):
     assert "{{" not in card and "{%" not in card
 
 
-def test_publishing_again_commits_changes_alone_and_keeps_the_old_commit(hub, maintainer):
-    source, repo_id = maintainer.checkout("again"), "org/again"
-    first = maintainer.publish(source, repo_id)
-    assert maintainer.publish(source, repo_id) == first, "nothing changed, so nothing is committed"
+def test_publishing_the_same_again_commits_nothing(hub, maintainer, v1):
+    before = hub.repository(REPO).branches()
+    assert maintainer.publish(maintainer.home / "v1") == before
 
-    package = source / "torch-ext/qwen3_moe_fused"
-    (package / "extra.py").write_text('"""A module that the next build lacks."""\n')
+
+def test_a_newer_build_replaces_every_file_and_keeps_the_old_commit(hub, maintainer):
+    source, repo_id = maintainer.checkout("newer"), "org/newer"
+    extra = source / "torch-ext/qwen3_moe_fused/extra.py"
+    extra.write_text('"""A module that the newer build lacks."""\n')
     maintainer.commit(source)
-    second = maintainer.publish(source, repo_id)
-    (package / "extra.py").unlink()
+    old = maintainer.publish(source, repo_id)
+    extra.unlink()
     maintainer.commit(source)
-    third = maintainer.publish(source, repo_id)
+    new = maintainer.publish(source, repo_id)
 
     repository = hub.repository(repo_id)
-    has_extra = ["build/torch-cpu/extra.py" in tree(repository, commits["v1"]) for commits in (first, second, third)]
-    assert has_extra == [False, True, False]
-    assert first["main"] == second["main"] == third["main"], "the card did not change"
+    assert "build/torch-cuda/extra.py" in tree(repository, old["v1"])
+    assert "build/torch-cuda/extra.py" not in tree(repository, new["v1"])
+    assert old["main"] == new["main"], "the card did not change"
 
 
 @pytest.mark.parametrize(
