@@ -5,7 +5,7 @@ import os
 import pytest
 
 from tests.conftest import ROOT
-from tests.hub.conftest import REPO
+from tests.hub.conftest import REPO, VARIANT
 from tests.hub.test_lock import locked_project
 
 
@@ -30,4 +30,4 @@ def test_kernelize_model_takes_a_version_a_commit_or_a_lock_file(user, v1):
     path = os.pathsep.join(filter(None, (str(ROOT / "integration"), os.environ.get("PYTHONPATH"))))
     files = user.call(program, v1, str(locked_project(user, REPO)), PYTHONPATH=path)
     assert len(files) == 3
-    assert all(file.endswith(f"/snapshots/{v1}/build/torch-cpu/layers.py") for file in files)
+    assert all(file.endswith(f"/snapshots/{v1}/build/{VARIANT}/layers.py") for file in files)
