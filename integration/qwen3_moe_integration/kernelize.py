@@ -56,6 +56,9 @@ def kernelize_model(model: nn.Module, mode: str = "training", kernel: KernelSour
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with use_kernel_mapping(_mapping(kernel), inherit_mapping=False), _beneath_hooks(layers):
         kernelize(_Only(layers), mode=MODES[mode], device=device, use_fallback=False)
+    if any(getattr(module, "use_kernels", False) for module in model.modules()):
+        # Transformers kernelizes such a model again, from what is registered, whenever it changes to train or eval.
+        register_kernel_mapping(_mapping(kernel))
     return model
 
 

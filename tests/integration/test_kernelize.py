@@ -88,6 +88,18 @@ def test_the_swap_lasts_through_train_and_eval_and_can_be_repeated(source):
         assert calls.forward == 2
 
 
+def test_a_copy_of_a_kernelized_model_runs_on_its_own_weights(source):
+    model = kernelize_model(QWEN3.build(), kernel=source)
+    twin = copy.deepcopy(model)
+    input_ids = tokens()
+    want = model(input_ids).logits
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    with ExpertsCalls() as calls:
+        assert torch.equal(twin(input_ids).logits, want)
+    assert calls.forward == 2
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_gives_stock_gradients(source, use_reentrant):
     model = QWEN3.build()

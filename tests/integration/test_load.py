@@ -5,6 +5,7 @@ import socket
 
 import pytest
 import torch
+from kernels import use_kernel_mapping
 from transformers import AutoModelForCausalLM
 
 from qwen3_moe_integration import KernelSource, kernelize_model, register
@@ -41,12 +42,16 @@ def test_experts_implementation_at_load_time_equals_stock(registered, checkpoint
     assert torch.equal(generated(model), generated(stock))
 
 
-def test_a_model_that_uses_other_kernels_keeps_this_one_when_it_was_registered(registered, checkpoint, source):
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, use_kernels=True)
-    kernelize_model(model, kernel=source).train()
-    with ExpertsCalls() as calls:
-        model(tokens())
-    assert calls.forward == 2
+@pytest.mark.compat
+def test_a_model_loaded_with_other_kernels_keeps_this_one_through_train_and_eval(source, checkpoint):
+    with use_kernel_mapping({}, inherit_mapping=False):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, use_kernels=True)
+        kernelize_model(model, kernel=source)
+        for switch in (model.train, model.eval):
+            switch()
+            with ExpertsCalls() as calls:
+                model(tokens())
+            assert calls.forward == 2
 
 
 def test_a_kernel_that_cannot_be_loaded_is_an_error_at_once(tmp_path):
