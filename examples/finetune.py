@@ -200,6 +200,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"Training {options.steps} steps on {where}{f', going on from {checkpoint}' if checkpoint else ''} ...")
     before = trainer.evaluate()["eval_loss"]
+    set_seed(0)  # the order of the data follows from it, so that a resumed run sees what is left of the same order
     result = trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()["eval_loss"]
     save(trainer, options.output / "model")

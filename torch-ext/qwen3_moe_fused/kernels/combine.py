@@ -95,7 +95,7 @@ def combine(slots: Tensor, top_k_weights: Tensor, top_k_index: Tensor, num_exper
 
 def combine_backward(
     slots: Optional[Tensor], parts: Tensor, top_k_index: Tensor, num_experts: int, dtype: torch.dtype
-) -> Tuple[Tensor, Tensor]:
+) -> Tuple[Optional[Tensor], Tensor]:
     """The gradients that are sums over slots or parts, in one launch; skipped slots get or add zero.
 
     Args:
@@ -105,17 +105,17 @@ def combine_backward(
         dtype: of top_k_weights.
 
     Returns:
-        grad of hidden_states (T, H), or (0,) without slots; grad of top_k_weights (T, k).
+        grad of hidden_states (T, H), or None without slots; grad of top_k_weights (T, k).
     """
     tokens, k = top_k_index.shape
     grad_weights = torch.empty(tokens, k, dtype=dtype, device=parts.device)
     width = 1 if slots is None else slots.shape[1]
-    grad_hidden_states = parts.new_empty(0) if slots is None else slots.new_empty(tokens, width)
+    grad_hidden_states = None if slots is None else slots.new_empty(tokens, width)
     if grad_weights.numel():
         block = min(1024, next_power_of_2(width))
         launch(
             _combine_backward_kernel, (tokens, cdiv(width, block)), 4, 1,
-            slots, parts, top_k_index, None if slots is None else grad_hidden_states, grad_weights,
+            slots, parts, top_k_index, grad_hidden_states, grad_weights,
             parts.shape[1], width, k, num_experts, parts.shape[0], block, next_power_of_2(k),
         )  # fmt: skip
     return grad_hidden_states, grad_weights

@@ -87,4 +87,6 @@ def experts_backward(
         tile = tiling.linear.fit(hidden, 2 * width)
         linear_tiles(grad_pre_activation, gate_up_proj.transpose(1, 2), tiles, block_m, tile, grad_slots, order)
     grad_hidden_states, grad_weights = combine_backward(grad_slots, parts, top_k_index, experts, top_k_weights.dtype)
+    if grad_hidden_states is None:
+        grad_hidden_states = hidden_states.new_empty(0)
     return grad_hidden_states, grad_weights, grad_gate_up_proj, grad_down_proj
