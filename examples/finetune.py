@@ -190,6 +190,8 @@ def save(trainer: Trainer, folder: Path) -> None:
 
 def main() -> None:
     options = parse()
+    if options.trainer == "sft" and not ON_GPU:
+        raise SystemExit("--trainer sft: TRL computes the loss by a Triton kernel, which needs a GPU; take the default")
     set_seed(0)
     documents = read_texts(options.dataset, options.text_column)
     checkpoint = get_last_checkpoint(options.output / "checkpoints") if options.resume else None
