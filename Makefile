@@ -2,7 +2,7 @@
 PYTHON ?= python3
 REPO := org/qwen3-moe-fused
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 TRITON := triton==3.6.0; platform_system == "Linux"
 
 .PHONY: help test demo build lint publish clean
