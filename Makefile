@@ -2,7 +2,7 @@
 PYTHON ?= python3
 REPO := org/qwen3-moe-fused
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 TRITON := triton==3.6.0; platform_system == "Linux"
 
 .PHONY: help test demo build lint publish clean
@@ -15,11 +15,12 @@ help:
 	@echo "make publish  build from a clean commit and put it on the Hub; ARGS='--dry-run FOLDER' only lays it out"
 	@echo "make clean    remove what the others made"
 
+# The builder itself needs the newer kernels library; what it builds does not.
 test: build lint .compat/ready .publish/ready
 	@echo "== Tests: transformers and kernels of requirements.txt"
 	@$(BIN)/python -m pytest $(ARGS)
 	@echo "== Tests: transformers and kernels of requirements-compat.txt, with the same build"
-	@PYTHONPATH="$(CURDIR)/.compat" $(BIN)/python -m pytest -m compat --kernel-dir . $(ARGS)
+	@PYTHONPATH="$(CURDIR)/.compat" $(BIN)/python -m pytest -m compat --kernel-dir . --ignore tests/test_build.py $(ARGS)
 
 demo: build
 	@LOCAL_KERNELS="$(REPO)=$(CURDIR)" $(BIN)/python examples/finetune.py $(ARGS)

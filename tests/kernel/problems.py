@@ -20,7 +20,7 @@ LAYOUTS = ("contiguous", "transposed", "padded", "aligned", "expanded")
 
 FEW = 48
 """With fewer elements than this all sums of a tensor may happen to cancel, and no rounding error is small beside what
-is left of them. Such problems are drawn positive, and nothing cancels."""
+is left of them. Such problems are drawn positive and away from zero, and nothing cancels or underflows."""
 
 
 class _Drawn:
@@ -41,7 +41,7 @@ class _Drawn:
         """Normal numbers, scaled so that a sum over ``fan_in`` of them times normal ones is about 1."""
         numbers = torch.randn(shape, generator=generator, device=generator.device)
         if self.positive or self.elements() < FEW:
-            numbers.abs_().div_(max(fan_in, 1))
+            numbers.abs_().add_(0.5).div_(max(fan_in, 1))
         else:
             numbers.div_(max(fan_in, 1) ** 0.5)
         return numbers.to(dtype)

@@ -22,6 +22,7 @@ from .shapes import DEEP, ODD, ODD_LINEAR, real
 pytestmark = pytest.mark.gpu
 
 THIN = [LinearProblem(M=500, N=1, K=64), LinearProblem(M=500, N=64, K=1), LinearProblem(M=4000, N=8, K=256)]
+EMPTY = [LinearProblem(M=0), LinearProblem(N=0), LinearProblem(K=0)]
 ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights", "gate_up_proj", "down_proj", "grad_output")
 
 
@@ -86,18 +87,7 @@ def test_odd_linear_with_any_strides(kernel, layout):
     assert_linear_agrees(kernel, ODD_LINEAR, "cuda", torch.bfloat16, layouts)
 
 
-@pytest.mark.parametrize(
-    "problem",
-    [
-        LinearProblem(M=500, N=1, K=64),
-        LinearProblem(M=500, N=64, K=1),
-        LinearProblem(M=4000, N=8, K=256),
-        LinearProblem(M=0),
-        LinearProblem(N=0),
-        LinearProblem(K=0),
-    ],
-    ids=repr,
-)
+@pytest.mark.parametrize("problem", THIN + EMPTY, ids=repr)
 def test_thin_and_empty_linear(kernel, problem):
     assert_linear_agrees(kernel, problem, "cuda", torch.bfloat16)
 
