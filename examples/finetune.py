@@ -9,6 +9,7 @@ A model of yours is trained by LoRA on its attention; the small one, whose weigh
 
 import argparse
 import json
+import logging
 import resource
 import shutil
 import sys
@@ -26,7 +27,6 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from qwen3_moe_integration import KernelSource, kernelize_model
 
@@ -94,8 +94,18 @@ def pack(documents: list[str], tokenizer, seq_len: int) -> tuple[Dataset, Datase
     return tuple(Dataset.from_dict({"input_ids": rows, "labels": rows}) for rows in (kept, held_out))
 
 
-def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, AutoTokenizer]:
-    """The checkpoint with its experts on the kernel, ready to train."""
+def last_checkpoint(folder: Path) -> Path:
+    """The newest complete checkpoint: the Trainer writes its own state last."""
+    steps = {
+        int(state.parent.name.split("-")[1]): state.parent for state in folder.glob("checkpoint-*/trainer_state.json")
+    }
+    if not steps:
+        raise SystemExit(f"--resume: there is no checkpoint in {folder}")
+    return steps[max(steps)]
+
+
+def load_model(options: argparse.Namespace, checkpoint: Path | None) -> tuple[torch.nn.Module, AutoTokenizer]:
+    """The model with its experts on the kernel, ready to train; trained whole, with the weights of ``checkpoint``."""
     path = options.model
     if path is None:
         path = options.output / "small-qwen3-moe"
@@ -105,7 +115,15 @@ def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, AutoTokeni
             make_checkpoint(path)
     dtype = torch.bfloat16 if ON_GPU and options.model else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map="cuda" if ON_GPU else "cpu")
+    weights = path
+    if checkpoint and not options.model:
+        # The Trainer would pass over the experts: checkpoints hold one matrix an expert, and only from_pretrained
+        # stacks them (huggingface/transformers#48805). It still tries, and warns of a key for each.
+        weights = checkpoint
+        logging.getLogger("transformers.trainer").addFilter(
+            lambda record: "checkpoint model loaded" not in str(record.msg)
+        )
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, device_map="cuda" if ON_GPU else "cpu")
     model.config.use_cache = False
     try:
         kernelize_model(model, "training", KernelSource(path=options.kernel))
@@ -194,21 +212,19 @@ def main() -> None:
         raise SystemExit("--trainer sft: TRL computes the loss by a Triton kernel, which needs a GPU; take the default")
     set_seed(0)
     documents = read_texts(options.dataset, options.text_column)
-    checkpoint = get_last_checkpoint(options.output / "checkpoints") if options.resume else None
-    if options.resume and checkpoint is None:
-        raise SystemExit(f"--resume: there is no checkpoint in {options.output / 'checkpoints'}")
-    model, tokenizer = load_model(options)
+    checkpoint = last_checkpoint(options.output / "checkpoints") if options.resume else None
+    model, tokenizer = load_model(options, checkpoint)
     trainer = make_trainer(options, model, tokenizer, *pack(documents, tokenizer, options.seq_len))
     where = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"Training {options.steps} steps on {where}{f', going on from {checkpoint}' if checkpoint else ''} ...")
     before = trainer.evaluate()["eval_loss"]
     set_seed(0)  # the order of the data follows from it, so that a resumed run sees what is left of the same order
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     after = trainer.evaluate()["eval_loss"]
     save(trainer, options.output / "model")
     plot_losses(trainer.state.log_history, options.output / "loss.png")
 
-    steps = options.steps - (int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
+    steps = options.steps - (int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     seconds = result.metrics["train_runtime"]
     peak = torch.cuda.max_memory_allocated() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows = [
