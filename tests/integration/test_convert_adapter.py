@@ -1,0 +1,261 @@
+"""Adapters between layouts: nothing is lost, stock PEFT reads what it should, and what is no adapter is refused."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from qwen3_moe_integration.convert import ADAPTER_FORMATS, convert_adapter
+from tests.conftest import ROOT
+from tests.integration.adapters import (
+    EXPERT_PROJECTIONS,
+    V4Adapter,
+    additions,
+    assert_same_additions,
+    assert_same_tensors,
+    load,
+    save,
+)
+from tests.integration.models import QWEN3, SIZES, tokens
+from tests.kernel.oracle import assert_close
+
+PLAIN = V4Adapter()
+ONE_SCALING = {
+    "plain": PLAIN,
+    "bf16": V4Adapter(H=9, I=3, E=5, dtype=torch.bfloat16),
+    "ranks, one scaling": V4Adapter(
+        ranks={"gate_proj": 3, "up_proj": 5, "down_proj": 1}, alphas={"gate_proj": 6, "up_proj": 10}
+    ),
+    "rslora": V4Adapter(r=3, rslora=True, ranks={"q_proj": 5, "down_proj": 2}, alphas={"down_proj": 1.5}),
+    "third layer": V4Adapter(layers=(2,), config={"layers_to_transform": [2]}),
+    "down alone": V4Adapter(projections=("down_proj",)),
+    "gate alone": V4Adapter(projections=("gate_proj",)),
+    "one expert": V4Adapter(E=1),
+}
+TWO_SCALINGS = {
+    "ranks": V4Adapter(ranks={"gate_proj": 3, "up_proj": 5}),
+    "rslora ranks": V4Adapter(rslora=True, ranks={"gate_proj": 3, "up_proj": 4}, alphas={"up_proj": 7}),
+}
+MODEL = {"H": SIZES["hidden_size"], "I": SIZES["moe_intermediate_size"], "E": SIZES["num_experts"]}
+
+
+def cases(adapters):
+    return pytest.mark.parametrize("adapter", adapters.values(), ids=adapters.keys())
+
+
+@cases(ONE_SCALING)
+@pytest.mark.parametrize("first", ADAPTER_FORMATS)
+@pytest.mark.parametrize("second", ADAPTER_FORMATS)
+def test_any_way_through_the_layouts_and_back_gives_the_same_bits(tmp_path, adapter, first, second):
+    source = adapter.save(tmp_path / "v4")
+    convert_adapter(source, tmp_path / "first", first, check=True)
+    convert_adapter(tmp_path / "first", tmp_path / "second", second, check=True)
+    convert_adapter(tmp_path / "second", tmp_path / "back", "per-expert", check=True)
+    convert_adapter(tmp_path / "second", tmp_path / "first again", first)
+    assert_same_tensors(source, tmp_path / "back")
+    assert_same_tensors(tmp_path / "first", tmp_path / "first again")
+    if adapter.projections == EXPERT_PROJECTIONS:
+        assert_same_additions(source, tmp_path / "first")
+        assert_same_additions(source, tmp_path / "second")
+
+
+@cases(TWO_SCALINGS)
+@pytest.mark.parametrize("to", ADAPTER_FORMATS)
+def test_scalings_of_gate_and_up_that_differ_keep_the_products(tmp_path, adapter, to):
+    source = adapter.save(tmp_path / "v4")
+    convert_adapter(source, tmp_path / "to", to, check=True)
+    convert_adapter(tmp_path / "to", tmp_path / "back", "per-expert", check=True)
+    assert_same_additions(source, tmp_path / "to", 1e-6)
+    assert_same_additions(source, tmp_path / "back", 1e-6)
+
+
+def test_two_adapters_of_gate_and_up_become_one_of_their_joint_rank_and_one_stays_one(tmp_path):
+    adapter = V4Adapter(ranks={"gate_proj": 2, "up_proj": 3}, alphas={"gate_proj": 4, "up_proj": 6})
+    convert_adapter(adapter.save(tmp_path / "v4"), tmp_path / "peft", "peft")
+    key = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_{}.weight"
+    tensors, config = load(tmp_path / "peft")
+    assert tensors[key.format("A")].shape == (5 * adapter.E, adapter.H)
+    assert config["rank_pattern"] == {"gate_up_proj": 5} and config["alpha_pattern"] == {"gate_up_proj": 10}
+    assert config["target_parameters"] == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    assert config["target_modules"] == ["q_proj"]
+
+    # An adapter of PEFT's own shares A, so that B has no zeros: gate and up get its rank, not half or double.
+    shared = {**tensors, key.format("B"): torch.randn(2 * adapter.I, 5 * adapter.E)}
+    convert_adapter(save(tmp_path / "shared", shared, config), tmp_path / "apart", "per-expert")
+    apart, _ = load(tmp_path / "apart")
+    expert = "base_model.model.model.layers.1.mlp.experts.2.{}_proj.lora_A.weight"
+    assert apart[expert.format("gate")].shape == (5, adapter.H)
+    assert torch.equal(apart[expert.format("gate")], apart[expert.format("up")])
+    convert_adapter(tmp_path / "apart", tmp_path / "shared again", "peft")
+    assert_same_tensors(tmp_path / "shared", tmp_path / "shared again")
+
+
+def test_an_untrained_adapter_comes_back_with_its_ranks(tmp_path):
+    tensors = {key: tensor * ("lora_A" in key) for key, tensor in PLAIN.tensors().items()}
+    source = save(tmp_path / "v4", tensors, PLAIN.adapter_config())
+    convert_adapter(source, tmp_path / "peft", "peft", check=True)
+    convert_adapter(tmp_path / "peft", tmp_path / "back", "per-expert", check=True)
+    assert_same_tensors(source, tmp_path / "back")
+
+
+def add_to_weights(model, folder):
+    """Adds what the adapter adds, by its definition, to the weights of a model in fp64."""
+    with torch.no_grad():
+        for name, delta in additions(folder).items():
+            owner, _, projection = name.rpartition(".")
+            if ".experts." not in name:
+                model.get_submodule(name).weight += delta
+                continue
+            block, _, e = owner.rpartition(".")
+            experts, half = model.get_submodule(block), delta.shape[0]
+            if projection == "down_proj":
+                experts.down_proj[int(e)] += delta
+            else:
+                first = half * (projection == "up_proj")
+                experts.gate_up_proj[int(e), first : first + half] += delta
+    return model.eval()
+
+
+@cases(
+    {
+        "plain": V4Adapter(**MODEL),
+        "rslora": V4Adapter(**MODEL, r=3, rslora=True),
+        "patterns": V4Adapter(**MODEL, ranks={"gate_proj": 3, "up_proj": 5, "q_proj": 2}, alphas={"down_proj": 5}),
+        "one layer": V4Adapter(**MODEL, layers=(1,), config={"layers_to_transform": [1]}),
+    }
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_stock_peft_loads_the_peft_layout_and_gives_what_the_v4_adapter_gives(tmp_path, adapter, dtype):
+    source = adapter.save(tmp_path / "v4")
+    convert_adapter(source, tmp_path / "peft", "peft")
+    base = QWEN3.build(dtype=dtype)
+    base.save_pretrained(tmp_path / "base")
+    double = type(base).from_pretrained(tmp_path / "base", dtype=torch.float64, experts_implementation="eager")
+    want = add_to_weights(double, source)
+    got = PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    adapted = {name.partition(".lora_A")[0] for name, _ in got.named_parameters() if ".lora_A" in name}
+    assert len(adapted) == 3 * len(adapter.layers)
+    input_ids = tokens()
+    if dtype == torch.float32:  # in bf16 a token now and then goes to another expert
+        assert_close("logits", want(input_ids).logits, got(input_ids).logits, 1e-5)
+    merged = got.merge_and_unload().state_dict()
+    for name, weight in want.state_dict().items():
+        assert_close(name, weight, merged[name], 1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_stock_peft_converts_a_plain_v4_adapter_to_the_same_weights(tmp_path):
+    source = V4Adapter(**MODEL, config={"lora_dropout": 0}).save(tmp_path / "v4")
+    convert_adapter(source, tmp_path / "peft", "peft")
+    ours, theirs = (
+        PeftModel.from_pretrained(QWEN3.build(), folder).state_dict() for folder in (tmp_path / "peft", source)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours if "lora_" in key)
+
+
+@pytest.mark.parametrize("parameters", [("gate_up_proj", "down_proj"), ("gate_up_proj",), ("down_proj",)])
+def test_an_adapter_that_stock_peft_saved_comes_back_bit_equal(tmp_path, parameters):
+    config = LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=["q_proj", "o_proj"],
+        target_parameters=["gate.weight", *(f"mlp.experts.{name}" for name in parameters)],
+        rank_pattern={"mlp.experts.gate_up_proj": 6, "mlp.experts.down_proj": 2, "gate.weight": 1},
+        alpha_pattern={"gate_up_proj": 1},
+        init_lora_weights=False,
+    )
+    get_peft_model(QWEN3.build(), config).save_pretrained(tmp_path / "stock")
+    for to in ("per-expert", "fused-2025", "peft"):
+        convert_adapter(tmp_path / "stock", tmp_path / to, to, check=True)
+        convert_adapter(tmp_path / to, tmp_path / f"{to} back", "peft", check=True)
+        assert_same_tensors(tmp_path / "stock", tmp_path / f"{to} back")
+        assert_same_additions(tmp_path / "stock", tmp_path / to)
+        assert_same_additions(tmp_path / "stock", tmp_path / f"{to} back")
+        PeftModel.from_pretrained(QWEN3.build(), tmp_path / f"{to} back")
+    _, v4 = load(tmp_path / "per-expert")
+    of_experts = {"gate_up_proj": {"gate_proj", "up_proj"}, "down_proj": {"down_proj"}}
+    assert set(v4["target_modules"]) == {"q_proj", "o_proj", "gate"}.union(*(of_experts[name] for name in parameters))
+
+
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize("projections", [EXPERT_PROJECTIONS, ("gate_proj", "up_proj"), ("down_proj",)])
+def test_adapters_of_peft_up_to_0_18_are_recognised_by_their_sizes_and_put_right(tmp_path, projections, attention):
+    adapter = V4Adapter(projections=projections)
+    source = adapter.save(tmp_path / "v4")
+    convert_adapter(source, tmp_path / "peft", "peft")
+    tensors, config = load(tmp_path / "peft")
+    swapped = dict(tensors) if attention else {key: tensor for key, tensor in tensors.items() if "q_proj" not in key}
+    for key in swapped:
+        if ".experts." in key and "lora_A" in key:
+            key_b, r = key.replace("lora_A", "lora_B"), 4 if projections == ("down_proj",) else 8
+            r = 4 if ".base_layer." not in key and len(projections) != 2 else r
+            A, B = tensors[key].unflatten(0, (-1, r)), tensors[key_b].unflatten(1, (r, -1))
+            # W (E, x, y) was taken for (E, in, out): W[e] = A[e]^T @ B[e]^T, with x = A's width and y = B's height.
+            swapped[key] = B.permute(2, 1, 0).flatten(0, 1)
+            swapped[key_b] = A.permute(2, 1, 0).flatten(1, 2)
+    del config["peft_version"]
+    old = save(tmp_path / "old", swapped, config)
+    if not attention and len(projections) != 3:
+        with pytest.raises(ValueError, match='which "peft_version" wrote the adapter'):
+            convert_adapter(old, tmp_path / "refused", "per-expert")
+        old = save(tmp_path / "old with version", swapped, {**config, "peft_version": "0.18.1"})
+    convert_adapter(old, tmp_path / "back", "per-expert", check=True)
+    want, got = load(source)[0], load(tmp_path / "back")[0]
+    assert all(torch.equal(got[key], tensor) for key, tensor in want.items() if attention or "q_proj" not in key)
+
+
+@cases({**ONE_SCALING, **TWO_SCALINGS})
+@pytest.mark.parametrize("to", ADAPTER_FORMATS)
+def test_uniform_says_everything_in_r_and_lora_alpha(tmp_path, adapter, to):
+    source = adapter.save(tmp_path / "v4")
+    convert_adapter(source, tmp_path / "uniform", to, uniform=True, check=True)
+    tensors, config = load(tmp_path / "uniform")
+    assert config["lora_alpha"] == config["r"] and not config["use_rslora"]
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    if to == "per-expert":
+        assert {len(tensor) for key, tensor in tensors.items() if "lora_A" in key} == {config["r"]}
+    if adapter.projections != ("gate_proj",):
+        assert_same_additions(source, tmp_path / "uniform", 1e-6)
+
+
+def test_a_power_of_two_is_multiplied_into_b_without_another_dtype(tmp_path):
+    source = V4Adapter(r=4, alpha=8, dtype=torch.bfloat16).save(tmp_path / "v4")
+    convert_adapter(source, tmp_path / "uniform", "per-expert", uniform=True)
+    assert {tensor.dtype for tensor in load(tmp_path / "uniform")[0].values()} == {torch.bfloat16}
+    assert_same_additions(source, tmp_path / "uniform", 0.0)
+
+
+def test_other_tensors_and_files_are_passed_on(tmp_path):
+    rest = {"base_model.model.lm_head.weight": torch.randn(11, 7), "base_model.model.score.bias": torch.arange(3)}
+    source = save(
+        tmp_path / "v4", {**PLAIN.tensors(), **rest}, {**PLAIN.adapter_config(), "modules_to_save": ["lm_head"]}
+    )
+    (source / "tokenizer.json").write_text("{}")
+    (source / "optimizer.pt").write_bytes(b"not copied")
+    convert_adapter(source, tmp_path / "peft", "peft", check=True)
+    tensors, config = load(tmp_path / "peft")
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in rest.items())
+    assert config["modules_to_save"] == ["lm_head"]
+    assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+    ]
+
+
+def test_the_command_line_converts_checks_and_names_errors(tmp_path):
+    source = PLAIN.save(tmp_path / "v4")
+    command = [sys.executable, "-m", "qwen3_moe_integration", "convert"]
+
+    def run(*arguments):
+        return subprocess.run(
+            [*command, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT / "integration"
+        )
+
+    done = run(source, tmp_path / "peft", "--to", "peft", "--check")
+    assert done.returncode == 0, done.stderr
+    assert_same_additions(source, tmp_path / "peft")
+    again = run(source, tmp_path / "peft", "--to", "peft")
+    assert again.returncode == 1 and "exists" in again.stderr.splitlines()[-1]
