@@ -17,6 +17,13 @@ def op(kernel: ModuleType, file: str, name: str):
     return getattr(importlib.import_module(f"{kernel.__name__}.{file}"), name)
 
 
+def plain(kernel: ModuleType, hidden_states, index, weights, gate_up_proj, down_proj, activation: str, save: bool):
+    """The plain arguments of the op, for dense weights without adapters."""
+    projection = importlib.import_module(f"{kernel.__name__}.projection").Projection
+    flat = (*projection(gate_up_proj).flatten(), *projection(down_proj).flatten())
+    return (hidden_states, index, weights, *flat, None, activation, save)
+
+
 def crossed(tensor: torch.Tensor) -> torch.Tensor:
     """The same values, stored with the last two dimensions crossed."""
     return tensor.transpose(-2, -1).contiguous().transpose(-2, -1)
@@ -45,21 +52,23 @@ def test_opcheck_linear_and_its_weight_gradient(kernel, device, stored):
 def test_opcheck_experts(kernel, device, stored):
     # None skipped: pre_activation rows of skipped slots hold nothing, and opcheck compares all of two runs' outputs.
     arguments = _arguments(Problem().draw(device, torch.float32), stored)
-    torch.library.opcheck(op(kernel, "experts", "_forward"), (*arguments, "silu", True))
+    torch.library.opcheck(op(kernel, "experts", "_forward"), plain(kernel, *arguments, "silu", True))
 
 
 def test_opcheck_experts_that_save_nothing(kernel, device):
     arguments = Problem(imbalance="some_skipped").draw(device, torch.float32)[:-1]
-    torch.library.opcheck(op(kernel, "experts", "_forward"), (*arguments, "gelu", False))
+    torch.library.opcheck(op(kernel, "experts", "_forward"), plain(kernel, *arguments, "gelu", False))
 
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, True)])
 def test_opcheck_experts_backward(kernel, device, stored, wanted):
     inputs = Problem(imbalance="some_skipped").draw(device, torch.float16)
-    arguments = [x.detach() for x in _arguments(inputs, stored)]
-    _, *saved = op(kernel, "experts", "_forward")(*arguments, "silu", True)
+    arguments = plain(kernel, *(x.detach() for x in _arguments(inputs, stored)), "silu", True)
+    _, *saved = op(kernel, "experts", "_forward")(*arguments)
+    hidden, gate_up, down = wanted
+    wanted = [hidden, True, gate_up, down, False, False, False, False]
     backward = op(kernel, "experts", "_backward")
-    torch.library.opcheck(backward, (stored(inputs.grad_output), *arguments, *saved, "silu", *wanted))
+    torch.library.opcheck(backward, (stored(inputs.grad_output), *arguments[:-1], *saved, wanted))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])

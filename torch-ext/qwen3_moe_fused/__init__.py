@@ -2,14 +2,20 @@
 
 from . import layers, reference
 from .experts import fused_experts
+from .four_bit import dequantize, four_bit_weight
 from .linear import moe_fused_linear
+from .projection import FourBitWeight, Lora
 from .routing import Routing, routing
 from .weights import ExpertWeights, expert_weights, unsupported_reason
 
 __all__ = [
     "ExpertWeights",
+    "FourBitWeight",
+    "Lora",
     "Routing",
+    "dequantize",
     "expert_weights",
+    "four_bit_weight",
     "fused_experts",
     "layers",
     "moe_fused_linear",

@@ -19,15 +19,30 @@ Backward with frozen experts, four launches; trained experts add one reduction e
 
 What backward keeps is hidden_states, pre_activation and the index tensors: the activation is cheaper to compute
 again than to read back, and no gathered or k-times repeated copy of the tokens is ever kept.
+
+Either weight may be in 4 bit: it is decoded on its way into the product, and has no gradient. Either projection may
+carry an adapter per expert; x A^T is worked out first and kept for backward (R columns), B is added inside the kernel.
 """
 
-from typing import Tuple
+from typing import List, Optional, Tuple
 
 import torch
 
 from . import reference
 from ._ops import add_op_namespace_prefix
 from .checks import check_activation, check_device, check_dims, check_float, check_integer, check_like, check_size
+from .projection import (
+    FLAT,
+    FourBitWeight,
+    Gradients,
+    Lora,
+    Projection,
+    Weight,
+    check_lora,
+    check_weight,
+    empty_gradients,
+    unflatten,
+)
 
 Tensor = torch.Tensor
 
@@ -36,15 +51,17 @@ def fused_experts(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Weight,
+    down_proj: Weight,
     activation: str = "silu",
+    gate_up_lora: Optional[Lora] = None,
+    down_lora: Optional[Lora] = None,
 ) -> Tensor:
     """The experts of a Mixture-of-Experts layer, for tokens that a router has already sent to k experts each.
 
-    Differentiable in ``hidden_states``, ``top_k_weights`` and, when they require it, the expert weights. Sums are
-    accumulated in fp32; results are bit-identical from run to run. Under ``torch.autocast`` the floating inputs
-    are cast to its dtype first.
+    Differentiable in ``hidden_states``, ``top_k_weights`` and, when they require it, dense expert weights and
+    adapters. Sums are accumulated in fp32; results are bit-identical from run to run. Under ``torch.autocast`` the
+    tokens and dense weights are cast to its dtype first.
 
     Args:
         hidden_states: (T, H) bf16, fp16 or fp32.
@@ -52,8 +69,11 @@ def fused_experts(
             adds nothing and gets no gradient. On a GPU other values count as E, on a CPU they are an error.
         top_k_weights: (T, k) bf16, fp16 or fp32. A NaN reaches only its own token.
         gate_up_proj: (E, 2I, H), dtype of ``hidden_states``; rows [0, I) are the gate, [I, 2I) the up projection.
-        down_proj: (E, H, I), dtype of ``hidden_states``.
+            Or a :class:`FourBitWeight` of that shape, which is frozen.
+        down_proj: (E, H, I), dtype of ``hidden_states``; or a :class:`FourBitWeight` of that shape.
         activation: "silu", "gelu" or "gelu_tanh", applied to the gate.
+        gate_up_lora, down_lora: adapters to add to the projections, factors in any of the dtypes above. With dropout,
+            which elements are dropped follows from PyTorch's random numbers on the device of ``hidden_states``.
 
     Returns:
         (T, H), dtype of ``hidden_states``.
@@ -64,18 +84,29 @@ def fused_experts(
     check_dims("hidden_states", hidden_states, "(T, H)")
     if torch.is_autocast_enabled(hidden_states.device.type):
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
-        hidden_states, gate_up_proj, down_proj = (x.to(dtype) for x in (hidden_states, gate_up_proj, down_proj))
+        hidden_states = hidden_states.to(dtype)
+        gate_up_proj, down_proj = (
+            weight if isinstance(weight, FourBitWeight) else weight.to(dtype) for weight in (gate_up_proj, down_proj)
+        )
     _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
-    inputs = hidden_states, top_k_weights, gate_up_proj, down_proj
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return _forward(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, save)[0]
+    gate_up, down = Projection(gate_up_proj, gate_up_lora), Projection(down_proj, down_lora)
+    flat = (*gate_up.flatten(), *down.flatten())
+    seed = None
+    for name, projection in (("gate_up", gate_up), ("down", down)):
+        if projection.lora is not None:
+            check_lora(f"{name}_lora", projection.lora, f"{name}_proj", projection.weight)
+            if projection.lora.dropout and seed is None:
+                seed = torch.randint(2**31, (1,), device=hidden_states.device)
+    inputs = (hidden_states, top_k_weights, *flat)
+    save = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    return _forward(hidden_states, top_k_index, top_k_weights, *flat, seed, activation, save)[0]
 
 
 def _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation) -> None:
     check_dims("top_k_index", top_k_index, "(T, k)")
     check_dims("top_k_weights", top_k_weights, "(T, k)")
-    check_dims("gate_up_proj", gate_up_proj, "(E, 2I, H)")
-    check_dims("down_proj", down_proj, "(E, H, I)")
+    check_weight("gate_up_proj", gate_up_proj, "(E, 2I, H)")
+    check_weight("down_proj", down_proj, "(E, H, I)")
     check_float("hidden_states", hidden_states)
     check_float("top_k_weights", top_k_weights)
     check_integer("top_k_index", top_k_index)
@@ -84,8 +115,8 @@ def _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, a
         check_like(name, tensor, "hidden_states", hidden_states, dtype=False)
         check_size(name, tensor, 0, hidden_states.shape[0], "T of hidden_states")
     check_size("top_k_weights", top_k_weights, 1, top_k_index.shape[1], "k of top_k_index")
-    for name, tensor in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        check_like(name, tensor, "hidden_states", hidden_states)
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        check_like(name, weight, "hidden_states", hidden_states, dtype=not isinstance(weight, FourBitWeight))
     check_size("gate_up_proj", gate_up_proj, 2, hidden_states.shape[1], "H of hidden_states")
     check_size("down_proj", down_proj, 0, gate_up_proj.shape[0], "E of gate_up_proj")
     check_size("down_proj", down_proj, 1, hidden_states.shape[1], "H of hidden_states")
@@ -99,14 +130,41 @@ def _forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     gate_up_proj: Tensor,
+    gate_up_absmax: Optional[Tensor],
+    gate_up_code: Optional[Tensor],
+    gate_up_nested_absmax: Optional[Tensor],
+    gate_up_nested_code: Optional[Tensor],
+    gate_up_nested_offset: Optional[Tensor],
+    gate_up_numbers: List[int],
+    gate_up_A: Optional[Tensor],
+    gate_up_B: Optional[Tensor],
+    gate_up_scaling: float,
+    gate_up_dropout: float,
     down_proj: Tensor,
+    down_absmax: Optional[Tensor],
+    down_code: Optional[Tensor],
+    down_nested_absmax: Optional[Tensor],
+    down_nested_code: Optional[Tensor],
+    down_nested_offset: Optional[Tensor],
+    down_numbers: List[int],
+    down_A: Optional[Tensor],
+    down_B: Optional[Tensor],
+    down_scaling: float,
+    down_dropout: float,
+    seed: Optional[Tensor],
     activation: str,
     save: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from .kernels.experts import experts_forward as launch  # Triton is imported only where it can run
 
     with torch.cuda.device(hidden_states.device):
-        return launch(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, save)
+        return forward_on(launch)(
+            hidden_states, top_k_index, top_k_weights,
+            gate_up_proj, gate_up_absmax, gate_up_code, gate_up_nested_absmax, gate_up_nested_code,
+            gate_up_nested_offset, gate_up_numbers, gate_up_A, gate_up_B, gate_up_scaling, gate_up_dropout,
+            down_proj, down_absmax, down_code, down_nested_absmax, down_nested_code,
+            down_nested_offset, down_numbers, down_A, down_B, down_scaling, down_dropout, seed, activation, save,
+        )  # fmt: skip
 
 
 @torch.library.custom_op(add_op_namespace_prefix("fused_experts_backward"), mutates_args=(), device_types="cuda")
@@ -116,72 +174,123 @@ def _backward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     gate_up_proj: Tensor,
+    gate_up_absmax: Optional[Tensor],
+    gate_up_code: Optional[Tensor],
+    gate_up_nested_absmax: Optional[Tensor],
+    gate_up_nested_code: Optional[Tensor],
+    gate_up_nested_offset: Optional[Tensor],
+    gate_up_numbers: List[int],
+    gate_up_A: Optional[Tensor],
+    gate_up_B: Optional[Tensor],
+    gate_up_scaling: float,
+    gate_up_dropout: float,
     down_proj: Tensor,
+    down_absmax: Optional[Tensor],
+    down_code: Optional[Tensor],
+    down_nested_absmax: Optional[Tensor],
+    down_nested_code: Optional[Tensor],
+    down_nested_offset: Optional[Tensor],
+    down_numbers: List[int],
+    down_A: Optional[Tensor],
+    down_B: Optional[Tensor],
+    down_scaling: float,
+    down_dropout: float,
+    seed: Optional[Tensor],
+    activation: str,
     pre_activation: Tensor,
+    low_rank_gate_up: Tensor,
+    low_rank_down: Tensor,
     order: Tensor,
     m_sizes: Tensor,
-    activation: str,
-    hidden_states_grad: bool,
-    gate_up_proj_grad: bool,
-    down_proj_grad: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted: List[bool],
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from .kernels.experts import experts_backward as launch
 
     with torch.cuda.device(hidden_states.device):
-        return launch(
-            grad_output, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, pre_activation, order,
-            m_sizes, activation, hidden_states_grad, gate_up_proj_grad, down_proj_grad,
+        return backward_on(launch)(
+            grad_output, hidden_states, top_k_index, top_k_weights,
+            gate_up_proj, gate_up_absmax, gate_up_code, gate_up_nested_absmax, gate_up_nested_code,
+            gate_up_nested_offset, gate_up_numbers, gate_up_A, gate_up_B, gate_up_scaling, gate_up_dropout,
+            down_proj, down_absmax, down_code, down_nested_absmax, down_nested_code,
+            down_nested_offset, down_numbers, down_A, down_B, down_scaling, down_dropout, seed, activation,
+            pre_activation, low_rank_gate_up, low_rank_down, order, m_sizes, wanted,
         )  # fmt: skip
 
 
-_forward.register_kernel("cpu")(reference.experts_forward)
-_backward.register_kernel("cpu")(reference.experts_backward)
+def forward_on(function):
+    """``function(tokens, projections, ...)`` as a function of the op's plain arguments."""
+
+    def of_plain(hidden_states, top_k_index, top_k_weights, *rest):
+        projections, (seed, activation, save) = _projections(rest, hidden_states.dtype)
+        return function(hidden_states, top_k_index, top_k_weights, *projections, seed, activation, save)
+
+    return of_plain
+
+
+def backward_on(function):
+    """Likewise for the op of backward."""
+
+    def of_plain(grad_output, hidden_states, top_k_index, top_k_weights, *rest):
+        projections, (seed, activation, *saved, wanted) = _projections(rest, hidden_states.dtype)
+        tokens = (grad_output, hidden_states, top_k_index, top_k_weights)
+        return tuple(function(*tokens, *projections, seed, tuple(saved), activation, Gradients(*wanted)))
+
+    return of_plain
+
+
+def _projections(flat: Tuple, dtype: torch.dtype) -> Tuple[Tuple[Projection, Projection], Tuple]:
+    """gate_up and down, and what stands behind them."""
+    gate_up, down, rest = flat[:FLAT], flat[FLAT : 2 * FLAT], flat[2 * FLAT :]
+    return (unflatten(gate_up, dtype), unflatten(down, dtype)), rest
+
+
+_forward.register_kernel("cpu")(forward_on(reference.experts_forward))
+_backward.register_kernel("cpu")(backward_on(reference.experts_backward))
 
 
 @_forward.register_fake
-def _(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation, save):
+def _(hidden_states, top_k_index, top_k_weights, *rest):
+    (gate_up, down), (_, _, save) = _projections(rest, hidden_states.dtype)
     slots = top_k_index.numel()
+    widths = gate_up.weight.shape[1], gate_up.low_rank_width, down.low_rank_width
     return (
         hidden_states.new_empty(hidden_states.shape),
-        hidden_states.new_empty(slots if save else 0, gate_up_proj.shape[1]),
+        *(hidden_states.new_empty(slots if save else 0, width) for width in widths),
         top_k_index.new_empty(slots, dtype=torch.int32),
-        top_k_index.new_empty(gate_up_proj.shape[0], dtype=torch.int32),
+        top_k_index.new_empty(gate_up.weight.shape[0], dtype=torch.int32),
     )
 
 
 @_backward.register_fake
-def _(
-    grad_output, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, pre_activation, order,
-    m_sizes, activation, hidden_states_grad, gate_up_proj_grad, down_proj_grad,
-):  # fmt: skip
-    def like(tensor, wanted=True):
-        return tensor.new_empty(tensor.shape if wanted else 0)
+def _(grad_output, hidden_states, top_k_index, top_k_weights, *rest):
+    projections, (*_, wanted) = _projections(rest, hidden_states.dtype)
+    return tuple(empty_gradients(hidden_states, top_k_weights, *projections, Gradients(*wanted)))
 
-    return (
-        like(hidden_states, hidden_states_grad),
-        like(top_k_weights),
-        like(gate_up_proj, gate_up_proj_grad),
-        like(down_proj, down_proj_grad),
-    )
+
+DIFFERENTIABLE = {"hidden_states": 0, "top_k_weights": 2, "gate_up_proj": 3, "down_proj": 3 + FLAT}
+DIFFERENTIABLE |= {"gate_up_A": 10, "gate_up_B": 11, "down_A": 10 + FLAT, "down_B": 11 + FLAT}
+"""Where in the op's arguments each input stands that can have a gradient."""
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, _ = inputs
     _, *saved = output
+    *inputs, _ = inputs  # all but ``save`` are wanted again
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *saved)
+    ctx.tensors = [isinstance(x, Tensor) for x in inputs]
+    ctx.others = [x for x in inputs if not isinstance(x, Tensor)]
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *saved)
 
 
 def _autograd_backward(ctx, grad_output, *_):
-    hidden, _, weights, gate_up, down, _, _ = ctx.needs_input_grad
-    if grad_output is None:
-        return (None,) * 7
-    grads = _backward(grad_output, *ctx.saved_tensors, ctx.activation, hidden, gate_up, down)
-    grad_hidden, grad_weights, grad_gate_up, grad_down = (
-        grad if wanted else None for grad, wanted in zip(grads, (hidden, weights, gate_up, down))
-    )
-    return grad_hidden, None, grad_weights, grad_gate_up, grad_down, None, None
+    grads = [None] * len(ctx.needs_input_grad)
+    if grad_output is not None:
+        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+        inputs = [next(tensors if is_tensor else others) for is_tensor in ctx.tensors]
+        wanted = [ctx.needs_input_grad[at] for at in DIFFERENTIABLE.values()]
+        for at, asked, grad in zip(DIFFERENTIABLE.values(), wanted, _backward(grad_output, *inputs, *tensors, wanted)):
+            grads[at] = grad if asked else None
+    return tuple(grads)
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -11,6 +11,8 @@ from typing import Iterator, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
+from .projection import FourBitWeight, Gradients, Lora, Projection, Weight, empty_gradients
+
 Tensor = torch.Tensor
 
 
@@ -57,23 +59,29 @@ def experts_forward(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up: Projection,
+    down: Projection,
+    seed: Optional[Tensor],
     activation: str,
     save: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (T, H), pre_activation (S, 2I) or (0, 2I), order (S,), m_sizes (E,)."""
+) -> Tuple[Tensor, ...]:
+    """out (T, H); and for backward pre_activation (S, 2I), low_rank_gate_up (S, R), low_rank_down (S, R), each with
+    no rows unless ``save``; order (S,), m_sizes (E,)."""
     tokens, k = top_k_index.shape
-    order, m_sizes = sort_by_expert(top_k_index, gate_up_proj.shape[0])
-    pre_activation = hidden_states.new_zeros(tokens * k if save else 0, gate_up_proj.shape[1])
+    order, m_sizes = sort_by_expert(top_k_index, gate_up.weight.shape[0])
+    rows_saved = tokens * k if save else 0
+    pre_activation = hidden_states.new_zeros(rows_saved, gate_up.weight.shape[1])
+    low_rank = [hidden_states.new_zeros(rows_saved, p.low_rank_width) for p in (gate_up, down)]
     slots = hidden_states.new_zeros(tokens * k, hidden_states.shape[1])
     for expert, rows, slot in _slot_groups(order, m_sizes):
-        gate_up = F.linear(hidden_states[slot // k], gate_up_proj[expert])
+        both, low_rank_gate_up = _project(hidden_states[slot // k], gate_up, expert, slot, seed)
+        gated = _gated(both, activation)
+        slots[slot], low_rank_down = _project(gated, down, expert, slot, seed, stream=1)
         if save:
-            pre_activation[rows] = gate_up
-        slots[slot] = F.linear(_gated(gate_up, activation), down_proj[expert])
-    out = combine(slots, top_k_weights, top_k_index, gate_up_proj.shape[0])
-    return out, pre_activation, order, m_sizes
+            pre_activation[rows] = both
+            low_rank[0][rows], low_rank[1][rows] = low_rank_gate_up, low_rank_down
+    out = combine(slots, top_k_weights, top_k_index, gate_up.weight.shape[0])
+    return out, pre_activation, *low_rank, order, m_sizes
 
 
 def experts_backward(
@@ -81,42 +89,150 @@ def experts_backward(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    pre_activation: Tensor,
-    order: Tensor,
-    m_sizes: Tensor,
+    gate_up: Projection,
+    down: Projection,
+    seed: Optional[Tensor],
+    saved: Tuple[Tensor, ...],
     activation: str,
-    hidden_states_grad: bool,
-    gate_up_proj_grad: bool,
-    down_proj_grad: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden_states, top_k_weights, gate_up_proj, down_proj; those not asked for have size 0."""
+    wanted: Gradients,
+) -> Gradients:
+    """The gradients that ``wanted`` names; the others have size 0."""
+    pre_activation, low_rank_gate_up, low_rank_down, order, m_sizes = saved
     tokens, k = top_k_index.shape
+    grads = empty_gradients(hidden_states, top_k_weights, gate_up, down, wanted, Tensor.new_zeros)
     slots = grad_output.new_zeros(tokens * k, hidden_states.shape[1])
-    grad_weights = top_k_weights.new_zeros(top_k_weights.shape)
-    grad_gate_up_proj = gate_up_proj.new_zeros(gate_up_proj.shape if gate_up_proj_grad else 0)
-    grad_down_proj = down_proj.new_zeros(down_proj.shape if down_proj_grad else 0)
     for expert, rows, slot in _slot_groups(order, m_sizes):
-        weights = _wide(top_k_weights.reshape(-1)[slot])[:, None]
+        routed = _wide(top_k_weights.reshape(-1)[slot])[:, None]
         grad = grad_output[slot // k]
         gate, up = _wide(pre_activation[rows]).chunk(2, dim=-1)
-        grad_intermediate = _wide(grad @ down_proj[expert])
         activated, slope = _activate(gate, activation)
         intermediate = activated * up
-        grad_gate_up = torch.cat((slope * up, activated), dim=-1) * (weights * grad_intermediate).repeat(1, 2)
-        grad_gate_up = grad_gate_up.to(grad.dtype)
-        grad_weights.view(-1)[slot] = (intermediate * grad_intermediate).sum(1).to(grad_weights.dtype)
-        if hidden_states_grad:
-            slots[slot] = grad_gate_up @ gate_up_proj[expert]
-        if gate_up_proj_grad:
-            grad_gate_up_proj[expert] = grad_gate_up.t() @ hidden_states[slot // k]
-        if down_proj_grad:
-            grad_down_proj[expert] = grad.t() @ (weights * intermediate).to(grad.dtype)
-    grad_hidden_states = hidden_states.new_empty(0)
-    if hidden_states_grad:
-        grad_hidden_states = combine(slots, None, top_k_index, gate_up_proj.shape[0])
-    return grad_hidden_states, grad_weights, grad_gate_up_proj, grad_down_proj
+        grad_intermediate = _wide(_project_back(grad, down, expert, slot, seed, stream=1))
+        grad_pre_activation = torch.cat((slope * up, activated), dim=-1) * (routed * grad_intermediate).repeat(1, 2)
+        grad_pre_activation = grad_pre_activation.to(grad.dtype)
+        grads.top_k_weights.view(-1)[slot] = (intermediate * grad_intermediate).sum(1).to(top_k_weights.dtype)
+        if wanted.hidden_states:
+            slots[slot] = _project_back(grad_pre_activation, gate_up, expert, slot, seed)
+        if wanted.gate_up_proj:
+            grads.gate_up_proj[expert] = grad_pre_activation.t() @ hidden_states[slot // k]
+        if wanted.down_proj:
+            grads.down_proj[expert] = grad.t() @ (routed * intermediate).to(grad.dtype)
+        if wanted.gate_up_A or wanted.gate_up_B:
+            grad_A, grad_B = _factor_gradients(
+                grad_pre_activation, hidden_states[slot // k], low_rank_gate_up[rows], gate_up.lora, expert, slot, seed
+            )
+            _fill(grads.gate_up_A, expert, grad_A)
+            _fill(grads.gate_up_B, expert, grad_B)
+        if wanted.down_A or wanted.down_B:
+            weighted = (routed * _wide(grad)).to(grad.dtype)
+            grad_A, grad_B = _factor_gradients(
+                weighted, intermediate.to(grad.dtype), low_rank_down[rows], down.lora, expert, slot, seed, stream=1
+            )
+            _fill(grads.down_A, expert, grad_A)
+            _fill(grads.down_B, expert, grad_B)
+    if wanted.hidden_states:
+        grads.hidden_states.copy_(combine(slots, None, top_k_index, gate_up.weight.shape[0]))
+    return grads
+
+
+def _project(
+    x: Tensor, projection: Projection, expert: int, slot: Tensor, seed: Optional[Tensor], stream: int = 0
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """x (rows, K) through one expert's projection: (rows, N), rounded once; and x A^T (rows, R), if it has an A."""
+    out = F.linear(x, _matrix(projection.weight, expert, x.dtype))
+    lora = projection.lora
+    if lora is None:
+        return out, x.new_empty(x.shape[0], 0)
+    low_rank = F.linear(_dropped(x, lora.dropout, slot, seed, stream), lora.A[expert].to(x.dtype))
+    pairs = zip(low_rank.chunk(lora.halves, -1), lora.B[expert].to(x.dtype).chunk(lora.halves, 0))
+    added = torch.cat([F.linear(_wide(a), _wide(b)) for a, b in pairs], -1)
+    return (_wide(out) + lora.scaling * added).to(x.dtype), low_rank
+
+
+def _project_back(
+    grad: Tensor, projection: Projection, expert: int, slot: Tensor, seed: Optional[Tensor], stream: int = 0
+) -> Tensor:
+    """From the gradient (rows, N) of a projection's result to that of its input (rows, K)."""
+    grad_x = grad @ _matrix(projection.weight, expert, grad.dtype)
+    lora = projection.lora
+    if lora is None:
+        return grad_x
+    added = _wide(_grad_low_rank(grad, lora, expert) @ lora.A[expert].to(grad.dtype))
+    return (_wide(grad_x) + _dropped(added, lora.dropout, slot, seed, stream)).to(grad.dtype)
+
+
+def _grad_low_rank(grad: Tensor, lora: Lora, expert: int) -> Tensor:
+    """The gradient (rows, R) of x A^T."""
+    pairs = zip(grad.chunk(lora.halves, -1), lora.B[expert].to(grad.dtype).chunk(lora.halves, 0))
+    return torch.cat([lora.scaling * (g @ b) for g, b in pairs], -1)
+
+
+def _factor_gradients(
+    grad: Tensor, x: Tensor, low_rank: Tensor, lora: Lora, expert: int, slot: Tensor, seed, stream: int = 0
+) -> Tuple[Tensor, Tensor]:
+    """The gradients of one expert's A (R, K) and B (N, r), from that of the projection's result (rows, N)."""
+    grad_A = _wide(_grad_low_rank(grad, lora, expert)).t() @ _wide(_dropped(x, lora.dropout, slot, seed, stream))
+    pairs = zip(grad.chunk(lora.halves, -1), low_rank.chunk(lora.halves, -1))
+    grad_B = torch.cat([lora.scaling * (_wide(g).t() @ _wide(a)) for g, a in pairs])
+    return grad_A, grad_B
+
+
+def _fill(grad: Tensor, expert: int, value: Tensor) -> None:
+    if grad.numel():
+        grad[expert] = value.to(grad.dtype)
+
+
+def _dropped(x: Tensor, dropout: float, slot: Tensor, seed: Optional[Tensor], stream: int) -> Tensor:
+    if dropout == 0.0:
+        return x
+    return x * (keep_mask(slot, x.shape[1], dropout, seed, stream) / (1.0 - dropout)).to(x.dtype)
+
+
+def keep_mask(slot: Tensor, columns: int, dropout: float, seed: Tensor, stream: int) -> Tensor:
+    """(rows, columns) bool: which elements dropout keeps. A hash of slot, column and seed, the same in every kernel
+    that asks, so that no mask is ever stored; ``stream`` 0 is gate_up's, 1 is down's."""
+    position = slot.long()[:, None] * columns + torch.arange(columns, device=slot.device)
+    mixed = _mix32(_mix32(position & _UINT32) ^ _mix32((seed.long() * 2 + stream) & _UINT32))
+    return mixed >= int(dropout * 2**32)
+
+
+_UINT32 = 0xFFFFFFFF
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """The 32-bit finalizer of MurmurHash3 (public domain), on the low half of int64."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = ((x ^ (x >> shift)) * factor) & _UINT32
+    return x ^ (x >> 16)
+
+
+def _matrix(weight: Weight, expert: int, dtype: torch.dtype) -> Tensor:
+    """One expert's matrix (N, K)."""
+    return dequantize_expert(weight, expert, dtype) if isinstance(weight, FourBitWeight) else weight[expert]
+
+
+def dequantize(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
+    """See :func:`qwen3_moe_fused.dequantize`."""
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for expert in range(weight.shape[0]):
+        out[expert] = dequantize_expert(weight, expert, dtype)
+    return out
+
+
+def dequantize_expert(weight: FourBitWeight, expert: int, dtype: torch.dtype) -> Tensor:
+    """One expert's matrix (N, K): code times absmax in fp32, rounded once, as bitsandbytes does it."""
+    _, n, k = weight.shape
+    first, last = expert * n * k, (expert + 1) * n * k
+    packed = weight.packed[first // 2 : last // 2]
+    values = weight.code[torch.stack((packed >> 4, packed & 15), dim=-1).flatten().long()]
+    blocks = slice(first // weight.blocksize, (last - 1) // weight.blocksize + 1)
+    absmax = weight.absmax[blocks]
+    if weight.nested_blocksize:
+        nested = torch.arange(blocks.start, blocks.stop, device=weight.device) // weight.nested_blocksize
+        absmax = weight.nested_code[absmax.long()] * weight.nested_absmax[nested] + weight.nested_offset
+    skip = first - blocks.start * weight.blocksize
+    scales = absmax.repeat_interleave(weight.blocksize)[skip : skip + n * k]
+    return (values * scales).to(dtype).view(n, k)
 
 
 def combine(slots: Tensor, top_k_weights: Optional[Tensor], top_k_index: Tensor, num_experts: int) -> Tensor:

@@ -1,7 +1,8 @@
 """What an experts module holds, read in one place.
 
-A module qualifies when it has ``gate_up_proj`` and ``down_proj`` as plain 3-D tensors, no biases and an activation
-the kernels know. Whatever wraps such a module (PEFT, a sharding hook) keeps the right to see the call first.
+A module qualifies when it has ``gate_up_proj`` and ``down_proj`` as plain 3-D tensors or as 4-bit stacks of
+bitsandbytes, no biases and an activation the kernels know. Whatever wraps such a module (PEFT, a sharding hook) keeps
+the right to see the call first.
 """
 
 from types import MethodType
@@ -10,6 +11,9 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .four_bit import four_bit_weight, is_four_bit
+from .projection import Weight
 
 _ACTIVATIONS = {
     "SiLU": "silu",
@@ -22,10 +26,11 @@ _ACTIVATIONS = {
 
 
 class ExpertWeights(NamedTuple):
-    """gate_up_proj (E, 2I, H), down_proj (E, H, I) and the activation's name, in the order ``fused_experts`` takes."""
+    """gate_up_proj (E, 2I, H), down_proj (E, H, I), each a tensor or a ``FourBitWeight``, and the activation's name, in
+    the order ``fused_experts`` takes."""
 
-    gate_up_proj: torch.Tensor
-    down_proj: torch.Tensor
+    gate_up_proj: Weight
+    down_proj: Weight
     activation: str
 
 
@@ -53,9 +58,13 @@ def expert_weights(experts: nn.Module) -> ExpertWeights:
     reason = _unsupported_reason(experts, gate_up_proj, down_proj)
     if reason is not None:
         raise ValueError(f"experts: {type(experts).__name__} cannot run as fused_experts: {reason}")
-    if getattr(experts, "is_transposed", False):
-        gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
-    return ExpertWeights(gate_up_proj, down_proj, activation_name(experts.act_fn))
+    return ExpertWeights(_weight(experts, gate_up_proj), _weight(experts, down_proj), activation_name(experts.act_fn))
+
+
+def _weight(experts: nn.Module, parameter: torch.Tensor) -> Weight:
+    if is_four_bit(parameter):
+        return four_bit_weight(parameter)
+    return parameter.transpose(1, 2) if getattr(experts, "is_transposed", False) else parameter
 
 
 def is_wrapped(experts: nn.Module) -> bool:
@@ -87,7 +96,12 @@ def _unsupported_reason(experts: nn.Module, gate_up_proj, down_proj) -> Optional
     if getattr(experts, "has_post_expert_norm", False):
         return "it normalises after each expert"
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 3:
+        if is_four_bit(weight):
+            if len(weight.quant_state.shape) != 3:
+                return f"its {name} is in 4 bit, but no 3-D stack: {tuple(weight.quant_state.shape)}"
+            if getattr(experts, "is_transposed", False):
+                return f"its {name} is in 4 bit and stored transposed"
+        elif not isinstance(weight, torch.Tensor) or weight.dim() != 3:
             return f"it has no 3-D tensor {name}"
         if hasattr(weight, "device_mesh"):
             return f"its {name} is sharded (a {type(weight).__name__})"

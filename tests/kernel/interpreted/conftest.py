@@ -21,10 +21,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 @pytest.fixture(scope="session")
 def launchers(kernel) -> SimpleNamespace:
-    """The Triton launchers by name."""
+    """The Triton launchers by name, and the types they take."""
     files = {"routing": ("routing", "tile_table"), "linear": ("linear",), "weight_grad": ("weight_grad",)}
     files |= {"combine": ("combine", "combine_backward"), "experts": ("experts_forward", "experts_backward")}
     modules = {file: importlib.import_module(f"{kernel.__name__}.kernels.{file}") for file in files}
+    files |= {"projection": ("Gradients", "Projection")}
+    modules["projection"] = importlib.import_module(f"{kernel.__name__}.projection")
     return SimpleNamespace(**{name: getattr(modules[file], name) for file, names in files.items() for name in names})
 
 
@@ -39,7 +41,8 @@ def triton_kernel(kernel, launchers) -> ModuleType:
     for file, launcher_of in ops.items():
         module = importlib.import_module(f"{kernel.__name__}.{file}")
         for name, launcher in launcher_of.items():
-            getattr(module, name).register_kernel("cpu")(launcher)
+            plain = {"_forward": "forward_on", "_backward": "backward_on"}.get(name)
+            getattr(module, name).register_kernel("cpu")(getattr(module, plain)(launcher) if plain else launcher)
     return kernel
 
 

@@ -59,7 +59,7 @@ def test_forward_fills_the_pre_activation_only_to_save_it(launchers, save):
     problem = Problem(imbalance="some_skipped")
     inputs = problem.draw("cpu", torch.float32)
     with poisoned_memory("cpu"):
-        _, pre_activation, order, m_sizes = launchers.experts_forward(*inputs[:-1], "silu", save)
+        _, pre_activation, _, _, order, m_sizes = _forward(launchers, inputs, save)
     rows = int(m_sizes.sum())
     assert pre_activation.shape == (problem.T * problem.k if save else 0, 2 * problem.I)
     if save:
@@ -72,9 +72,20 @@ def test_forward_fills_the_pre_activation_only_to_save_it(launchers, save):
 @pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3)))
 def test_backward_computes_only_what_is_asked_for(launchers, wanted):
     inputs = Problem(T=5).draw("cpu", torch.float16, weights_dtype=torch.float32)
-    _, *saved = launchers.experts_forward(*inputs[:-1], "silu", True)
+    _, *saved = _forward(launchers, inputs, save=True)
+    hidden, gate_up, down = wanted
+    asked = launchers.Gradients(hidden, True, gate_up, down, False, False, False, False)
     with poisoned_memory("cpu"):
-        grads = launchers.experts_backward(inputs.grad_output, *inputs[:-1], *saved, "silu", *wanted)
-    hidden, weights, gate_up, down = (grad.numel() > 0 for grad in grads)
-    assert weights and (hidden, gate_up, down) == wanted
-    assert [grad.dtype for grad in grads] == [torch.float16, torch.float32, torch.float16, torch.float16]
+        grads = launchers.experts_backward(inputs.grad_output, *_layer(launchers, inputs), saved, "silu", asked)
+    assert [grad.numel() > 0 for grad in grads] == list(asked)
+    assert [grad.dtype for grad in grads[:4]] == [torch.float16, torch.float32, torch.float16, torch.float16]
+
+
+def _forward(launchers, inputs, save):
+    return launchers.experts_forward(*_layer(launchers, inputs), "silu", save)
+
+
+def _layer(launchers, inputs):
+    """Tokens, projections and seed, as the launchers take them."""
+    *tokens, gate_up, down, _ = inputs
+    return (*tokens, launchers.Projection(gate_up), launchers.Projection(down), None)

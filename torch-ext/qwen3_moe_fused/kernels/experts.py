@@ -1,9 +1,11 @@
 """The experts layer as a plan of launches; ``..experts`` describes it, each kernel has a file of its own."""
 
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 
+from ..projection import Gradients, Projection, Weight
+from ..reference import dequantize
 from ..tiling import choose
 from .combine import combine, combine_backward
 from .down_backward import down_backward
@@ -19,12 +21,15 @@ def experts_forward(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_projection: Projection,
+    down_projection: Projection,
+    seed: Optional[Tensor],
     activation: str,
     save: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (T, H), pre_activation (S, 2I) or (0, 2I), order (S,), m_sizes (E,)."""
+) -> Tuple[Tensor, ...]:
+    """out (T, H); pre_activation (S, 2I), low_rank_gate_up (S, R) and low_rank_down (S, R), each with no rows unless
+    ``save``; order (S,), m_sizes (E,)."""
+    gate_up_proj, down_proj = (_dense(p.weight, hidden_states) for p in (gate_up_projection, down_projection))
     experts, hidden, width = down_proj.shape
     top_k_index = top_k_index.contiguous()
     slots, k = top_k_index.numel(), top_k_index.shape[1]
@@ -39,7 +44,8 @@ def experts_forward(
     out_slots = hidden_states.new_empty(slots, hidden)
     linear_tiles(intermediate, down_proj, tiles, block_m, tiling.linear.fit(hidden, width), out_slots, order)
     out = combine(out_slots, top_k_weights, top_k_index, experts)
-    return out, pre_activation, order, m_sizes
+    low_rank = (hidden_states.new_empty(slots if save else 0, 0) for _ in range(2))
+    return out, pre_activation, *low_rank, order, m_sizes
 
 
 def experts_backward(
@@ -47,17 +53,16 @@ def experts_backward(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    pre_activation: Tensor,
-    order: Tensor,
-    m_sizes: Tensor,
+    gate_up_projection: Projection,
+    down_projection: Projection,
+    seed: Optional[Tensor],
+    saved: Tuple[Tensor, ...],
     activation: str,
-    hidden_states_grad: bool,
-    gate_up_proj_grad: bool,
-    down_proj_grad: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden_states, top_k_weights, gate_up_proj, down_proj; those not asked for have size 0."""
+    wanted: Gradients,
+) -> Gradients:
+    """The gradients that ``wanted`` names; the others have size 0."""
+    pre_activation, _, _, order, m_sizes = saved
+    gate_up_proj, down_proj = (_dense(p.weight, hidden_states) for p in (gate_up_projection, down_projection))
     experts, hidden, width = down_proj.shape
     top_k_index = top_k_index.contiguous()
     slots, k = top_k_index.numel(), top_k_index.shape[1]
@@ -65,28 +70,34 @@ def experts_backward(
     block_m = tiling.block_m
     offsets, tiles = tile_table(m_sizes, slots, block_m, rest=-1)
 
-    weighted = hidden_states.new_empty(slots, width) if down_proj_grad else None
+    weighted = hidden_states.new_empty(slots, width) if wanted.down_proj else None
     grad_pre_activation, parts = down_backward(
         grad_output, down_proj, pre_activation, top_k_weights, order, tiles, activation, block_m,
         tiling.down_backward.fit(width, hidden), weighted,
     )  # fmt: skip
-    grad_gate_up_proj, grad_down_proj = gate_up_proj.new_empty(0), down_proj.new_empty(0)
+    grads = Gradients(*(hidden_states.new_empty(0) for _ in wanted))
     step, tile = tiling.weight_grad_block_m, tiling.weight_grad
-    if down_proj_grad:
+    if wanted.down_proj:
         grad_down_proj = weight_grad_rows(
             grad_output, weighted, offsets, step, tile.fit(hidden, width), order, k, grad_by_token=True
         )
+        grads = grads._replace(down_proj=grad_down_proj)
         del weighted
-    if gate_up_proj_grad:
+    if wanted.gate_up_proj:
         grad_gate_up_proj = weight_grad_rows(
             grad_pre_activation, hidden_states, offsets, step, tile.fit(2 * width, hidden), order, k, x_by_token=True
         )
+        grads = grads._replace(gate_up_proj=grad_gate_up_proj)
     grad_slots = None
-    if hidden_states_grad:
+    if wanted.hidden_states:
         grad_slots = hidden_states.new_empty(slots, hidden)
         tile = tiling.linear.fit(hidden, 2 * width)
         linear_tiles(grad_pre_activation, gate_up_proj.transpose(1, 2), tiles, block_m, tile, grad_slots, order)
     grad_hidden_states, grad_weights = combine_backward(grad_slots, parts, top_k_index, experts, top_k_weights.dtype)
-    if grad_hidden_states is None:
-        grad_hidden_states = hidden_states.new_empty(0)
-    return grad_hidden_states, grad_weights, grad_gate_up_proj, grad_down_proj
+    if wanted.hidden_states:
+        grads = grads._replace(hidden_states=grad_hidden_states)
+    return grads._replace(top_k_weights=grad_weights)
+
+
+def _dense(weight: Weight, like: Tensor) -> Tensor:
+    return weight if isinstance(weight, Tensor) else dequantize(weight, like.dtype)

@@ -1,0 +1,132 @@
+"""Layers whose weights are in 4 bit, or carry adapters, or both: drawn, and judged by the oracle on dense weights.
+
+bitsandbytes quantizes and decodes here, so the package's own reading of its format is never its own judge. An adapter
+enters the oracle as ``W + scaling * B @ A``, which the kernels never form.
+"""
+
+import copy
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Optional
+
+import bitsandbytes.functional as bnb
+import torch
+from bitsandbytes.nn import Params4bit
+
+from . import oracle
+from .oracle import RATIO, assert_close
+from .poison import poisoned_memory
+from .problems import Problem, _Drawn
+
+Tensor = torch.Tensor
+FACTORS = ("gate_up_A", "gate_up_B", "down_A", "down_B")
+
+
+@dataclass(frozen=True, repr=False)
+class Quantization(_Drawn):
+    """How bitsandbytes quantizes a stack of matrices."""
+
+    quant_type: str = "nf4"
+    blocksize: int = 64
+    nested: bool = True
+
+    def quantize(self, weight: Tensor) -> Params4bit:
+        packed, state = bnb.quantize_4bit(
+            weight.contiguous(),
+            blocksize=self.blocksize,
+            compress_statistics=self.nested,
+            quant_type=self.quant_type,
+        )
+        return Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
+
+
+@dataclass(frozen=True, repr=False)
+class Adapter(_Drawn):
+    """The adapters of both projections; ``halves`` 2 gives gate and up an A each."""
+
+    gate_up_rank: int = 4
+    down_rank: int = 4
+    halves: int = 1
+    scaling: float = 0.5
+    dtype: Optional[torch.dtype] = None
+
+    def draw(self, problem: Problem, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        g = replace(problem, seed=None if problem.seed is None else problem.seed + 1).generator(device)
+        E, H, I, dtype = problem.E, problem.H, problem.I, self.dtype or dtype
+        return {
+            "gate_up_A": problem.normal(g, dtype, E, self.halves * self.gate_up_rank, H, fan_in=H),
+            "gate_up_B": problem.normal(g, dtype, E, 2 * I, self.gate_up_rank, fan_in=self.gate_up_rank),
+            "down_A": problem.normal(g, dtype, E, self.down_rank, I, fan_in=I),
+            "down_B": problem.normal(g, dtype, E, H, self.down_rank, fan_in=self.down_rank),
+        }
+
+
+def assert_adapted_experts_agree(
+    kernel: ModuleType,
+    problem: Problem,
+    device: str,
+    dtype: torch.dtype,
+    quantization: Optional[Quantization] = None,
+    adapter: Optional[Adapter] = None,
+    trained: Optional[Collection[str]] = None,
+    ratio: Optional[float] = None,
+) -> None:
+    """``fused_experts`` with 4-bit weights, adapters or both, and its gradients, are the oracle's."""
+    inputs = problem.draw(device, dtype)._asdict()
+    grad_output = inputs.pop("grad_output")
+    factors = adapter.draw(problem, device, dtype) if adapter else {}
+    stacks = {name: inputs[name] for name in ("gate_up_proj", "down_proj")}
+    if quantization:
+        packed = {name: quantization.quantize(stack) for name, stack in stacks.items()}
+        inputs |= {name: decoded(p, torch.float32) for name, p in packed.items()}
+        stacks = {name: kernel.four_bit_weight(p) for name, p in packed.items()}
+    if trained is None:
+        trained = ("hidden_states", "top_k_weights", *factors)
+    scaling = adapter.scaling if adapter else 1.0
+
+    leaves = {
+        name: x.detach().clone().requires_grad_(name in trained)
+        for name, x in (inputs | factors).items()
+        if name not in stacks
+    }
+    with poisoned_memory(device):
+        out = kernel.fused_experts(
+            leaves["hidden_states"],
+            leaves["top_k_index"],
+            leaves["top_k_weights"],
+            **stacks,
+            activation=problem.activation,
+            gate_up_lora=kernel.Lora(leaves["gate_up_A"], leaves["gate_up_B"], scaling) if adapter else None,
+            down_lora=kernel.Lora(leaves["down_A"], leaves["down_B"], scaling) if adapter else None,
+        )
+        grads = torch.autograd.grad(out, [leaves[name] for name in trained], grad_output)
+
+    def dense(hidden, index, weights, gate_up_proj, down_proj, *factors):
+        if factors:
+            gate_up_A, gate_up_B, down_A, down_B = factors
+            gate_up_proj = gate_up_proj + scaling * product(gate_up_A, gate_up_B)
+            down_proj = down_proj + scaling * product(down_A, down_B)
+        return oracle.experts(hidden, index, weights, gate_up_proj, down_proj, problem.activation)
+
+    ref, ref_grads = oracle.gradients(dense, inputs | factors, trained, grad_output)
+    ratio = ratio or RATIO[dtype]
+    assert out.dtype == dtype
+    assert_close("output", ref, out, ratio)
+    for name, ref_grad, grad in zip(trained, ref_grads, grads):
+        assert grad.dtype == leaves[name].dtype, f"the gradient of {name} is {grad.dtype}"
+        assert_close(f"gradient of {name}", ref_grad, grad, ratio)
+
+
+def decoded(parameter: Params4bit, dtype: torch.dtype) -> Tensor:
+    """What bitsandbytes makes of the parameter. Asked for one long row: on a CPU it loses count where a block goes on
+    from one row into the next."""
+    state = copy.copy(parameter.quant_state)
+    state.shape, state.dtype = (parameter.quant_state.shape.numel(),), dtype
+    return bnb.dequantize_4bit(parameter.data.view(torch.uint8), state).view(parameter.quant_state.shape)
+
+
+def product(A: Tensor, B: Tensor) -> Tensor:
+    """(E, N, K): B @ A, each half of B's rows with its own A if A is twice as high as B is wide."""
+    halves = A.shape[1] // B.shape[2]
+    return torch.cat([b @ a for a, b in zip(A.chunk(halves, 1), B.chunk(halves, 1))], dim=1)

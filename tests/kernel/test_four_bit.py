@@ -1,0 +1,107 @@
+"""4-bit weights: read from bitsandbytes' parameters, decoded bit for bit, and in the layer."""
+
+import pytest
+import torch
+from bitsandbytes.nn import Params4bit
+
+from .adapted import Quantization, assert_adapted_experts_agree, decoded
+from .modules import Experts
+from .oracle import RATIO, assert_close
+from .problems import Problem
+
+QUANTIZATIONS = [
+    Quantization(),
+    Quantization(nested=False),
+    Quantization("fp4", blocksize=128),
+    Quantization(blocksize=4096),
+    Quantization("fp4", nested=False, blocksize=256),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(params=QUANTIZATIONS, ids=repr)
+def quantization(request) -> Quantization:
+    return request.param
+
+
+@pytest.mark.parametrize("problem", [Problem(H=64, I=128), Problem(T=9, E=3, H=256, I=64, imbalance="some_skipped")])
+def test_the_layer_and_its_gradients_are_the_oracles(kernel, device, dtype, quantization, problem):
+    assert_adapted_experts_agree(kernel, problem, device, dtype, quantization)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stack", [(3, 64, 128), (5, 33, 70), (1, 2, 2)], ids=str)
+def test_dequantize_is_bitsandbytes_bit_for_bit(kernel, device, quantization, dtype, stack):
+    parameter = quantization.quantize(torch.randn(stack, dtype=dtype, device=device))
+    ours = kernel.dequantize(kernel.four_bit_weight(parameter))
+    assert ours.dtype == dtype and torch.equal(ours, decoded(parameter, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_every_nibble_meets_every_scale(kernel, device, quant_type, dtype):
+    """All 16 nibbles under each of the 256 codes of a quantized absmax, at nested scales from tiny to large."""
+    state = Quantization(quant_type).quantize(torch.randn(4, 256, 64, device=device)).quant_state
+    state.absmax = torch.arange(256, dtype=torch.uint8, device=device).repeat(4)
+    state.state2.absmax = torch.tensor([1e-6, 0.03, 1.7, 900.0], device=device)
+    state.dtype = dtype
+    even, odd = torch.arange(16, device=device).repeat(4 * 1024).view(-1, 2).unbind(1)
+    packed = (even << 4 | odd).to(torch.uint8)
+    parameter = Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
+    ref = decoded(parameter, dtype)
+    assert torch.equal(kernel.dequantize(kernel.four_bit_weight(parameter)), ref)
+    assert len(ref.unique()) > 1000
+
+
+def test_weights_stored_as_another_dtype_are_the_same(kernel, device):
+    parameter = Quantization().quantize(torch.randn(2, 64, 64, device=device))
+    stored = Params4bit(
+        parameter.data.flatten().view(torch.bfloat16), requires_grad=False, quant_state=parameter.quant_state
+    )
+    ours, theirs = (kernel.dequantize(kernel.four_bit_weight(p)) for p in (stored, parameter))
+    assert torch.equal(ours, theirs)
+
+
+def test_an_experts_module_in_4_bit_runs_as_the_dense_one_decoded(kernel, device):
+    problem = Problem(H=64, I=64)
+    inputs = problem.draw(device, torch.float32)
+    module = Experts(inputs)
+    for name in ("gate_up_proj", "down_proj"):
+        setattr(module, name, Quantization().quantize(getattr(inputs, name)))
+    assert kernel.unsupported_reason(module) is None
+    ours = kernel.layers.Qwen3MoeExperts.forward(module, *inputs[:3])
+    dense = (kernel.dequantize(w) for w in kernel.expert_weights(module)[:2])
+    assert_close("output", kernel.fused_experts(*inputs[:3], *dense), ours, RATIO[torch.float32])
+
+
+MISTAKES = [
+    (dict(packed=lambda x: x[1:]), r"gate_up_proj.packed must be torch.uint8 of shape \(16384,\) .*, got .*16383"),
+    (dict(packed=lambda x: x.float()), r"gate_up_proj.packed must be torch.uint8 .*, got torch.float32"),
+    (dict(absmax=lambda x: x[:-1]), r"gate_up_proj.absmax must be torch.uint8 of shape \(512,\) .*, got .*511"),
+    (dict(absmax=lambda x: x.float()), r"gate_up_proj.absmax must be torch.uint8 .*, got torch.float32"),
+    (dict(code=lambda x: x[:8]), r"gate_up_proj.code must be torch.float32 of shape \(16,\)"),
+    (dict(nested_absmax=lambda x: None), r"gate_up_proj.nested_absmax must be torch.float32 .*, got None"),
+    (dict(nested_offset=lambda x: x[None]), r"gate_up_proj.nested_offset must be torch.float32 of shape \(\)"),
+    (dict(blocksize=lambda x: 0), r"gate_up_proj.blocksize must be even and positive, got 0"),
+    (dict(quant_type=lambda x: "int4"), r"gate_up_proj.quant_type must be one of nf4, fp4, got 'int4'"),
+    (dict(shape=lambda x: x[1:]), r"gate_up_proj must have a 3-D shape \(E, N, K\), got \(128, 64\)"),
+    (dict(shape=lambda x: (4, 128, 63)), r"gate_up_proj.shape must have an even last dimension"),
+    (dict(nested_code=lambda x: x.to("meta")), r"gate_up_proj.nested_code must be on \w+(:0)? like gate_up_proj.pac"),
+    (dict(shape=lambda x: (4, 256, 32)), r"gate_up_proj must have size 64 in dimension 2 \(H of hidden_states\)"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), MISTAKES, ids=[message for _, message in MISTAKES])
+def test_statistics_that_do_not_fit_are_named(kernel, device, spoil, message):
+    inputs = Problem(H=64, I=64).draw(device, torch.float32)
+    gate_up = kernel.four_bit_weight(Quantization().quantize(inputs.gate_up_proj))
+    gate_up = gate_up._replace(**{field: change(getattr(gate_up, field)) for field, change in spoil.items()})
+    with pytest.raises(ValueError, match=message):
+        kernel.fused_experts(*inputs[:3], gate_up, inputs.down_proj)
+
+
+def test_4_bit_experts_stored_transposed_keep_their_own_forward(kernel):
+    module = Experts(Problem(H=64, I=64).draw("cpu", torch.float32))
+    module.gate_up_proj = Quantization().quantize(module.gate_up_proj.detach())
+    module.is_transposed = True
+    assert kernel.unsupported_reason(module) == "its gate_up_proj is in 4 bit and stored transposed"

@@ -1,0 +1,98 @@
+"""4-bit stacks: from bitsandbytes' parameter to plain tensors, and back to full precision.
+
+``four_bit_weight`` is the one place that looks into a ``QuantState``; it asks for attributes, so that bitsandbytes
+need not be installed.
+"""
+
+from typing import List, Optional
+
+import torch
+
+from . import reference
+from ._ops import add_op_namespace_prefix
+from .checks import KERNEL_FLOATS
+from .projection import FourBitWeight, Projection, check_four_bit, unflatten
+
+Tensor = torch.Tensor
+
+
+def is_four_bit(parameter) -> bool:
+    """Whether a parameter carries bitsandbytes' quantization state."""
+    return getattr(parameter, "quant_state", None) is not None
+
+
+def four_bit_weight(parameter: Tensor) -> FourBitWeight:
+    """The plain tensors of a bitsandbytes ``Params4bit`` that holds a stack (E, N, K).
+
+    Nothing is copied, and nothing is checked yet: whoever computes with the weight does.
+
+    Args:
+        parameter: has ``quant_state``; its data are the packed weights, in any storage dtype.
+    """
+    state = parameter.quant_state
+    nested = state.state2 if state.nested else None
+    return FourBitWeight(
+        packed=parameter.detach().reshape(-1).view(torch.uint8),
+        absmax=state.absmax,
+        code=state.code,
+        nested_absmax=nested and nested.absmax,
+        nested_code=nested and nested.code,
+        nested_offset=nested and state.offset,
+        shape=tuple(state.shape),
+        blocksize=state.blocksize,
+        nested_blocksize=nested.blocksize if nested else 0,
+        quant_type=state.quant_type,
+        dtype=state.dtype,
+    )
+
+
+def dequantize(weight: FourBitWeight, dtype: Optional[torch.dtype] = None) -> Tensor:
+    """The stack (E, N, K) in full precision, bit for bit what ``bitsandbytes.functional.dequantize_4bit`` gives.
+
+    Args:
+        weight: the packed stack.
+        dtype: of the result: bf16, fp16 or fp32; by default ``weight.dtype``.
+
+    Raises:
+        TypeError, ValueError: naming the field of ``weight``, what it got and what it wants.
+    """
+    check_four_bit("weight", weight)
+    dtype = dtype or weight.dtype
+    if dtype not in KERNEL_FLOATS:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, KERNEL_FLOATS))}, got {dtype}")
+    return _dequantize(*Projection(weight).flatten()[:7], dtype)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("dequantize"), mutates_args=(), device_types="cuda")
+def _dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    nested_absmax: Optional[Tensor],
+    nested_code: Optional[Tensor],
+    nested_offset: Optional[Tensor],
+    numbers: List[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    with torch.cuda.device(packed.device):
+        return _on_stack(reference.dequantize)(
+            packed, absmax, code, nested_absmax, nested_code, nested_offset, numbers, dtype
+        )
+
+
+def _on_stack(function):
+    """``function(weight, dtype)`` as a function of the op's plain arguments."""
+
+    def of_plain(*arguments):
+        *flat, dtype = arguments
+        return function(unflatten((*flat, None, None, 1.0, 0.0), dtype).weight, dtype)
+
+    return of_plain
+
+
+_dequantize.register_kernel("cpu")(_on_stack(reference.dequantize))
+
+
+@_dequantize.register_fake
+def _(packed, absmax, code, nested_absmax, nested_code, nested_offset, numbers, dtype):
+    return packed.new_empty(numbers[:3], dtype=dtype)
