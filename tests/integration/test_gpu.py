@@ -34,10 +34,16 @@ def results(model: nn.Module, input_ids: torch.Tensor) -> dict[str, torch.Tensor
     return {kind: torch.cat([x.detach().double().flatten() for x in tensors]) for kind, tensors in parts.items()}
 
 
-def assert_no_further_from_fp64(source, stock: str, dtype: torch.dtype, autocast: bool, length: int, record) -> None:
-    """Compares the errors of four models' results with those of their stock twins, pooled; ``record`` gets both."""
+def assert_no_further_from_fp64(
+    source, stock: str, dtype: torch.dtype, autocast: bool, length: int, models: int, record
+) -> None:
+    """Compares the errors of ``models`` models' results with those of their stock twins, pooled; ``record`` gets both.
+
+    Two correct models round differently, and the fewer numbers there are the more chance decides whose error is
+    larger: with four models of three tokens a row, one in eight comparisons of the routers' gradients.
+    """
     squares = {}
-    for _ in range(4):
+    for _ in range(models):
         model = QWEN3.build(**EVERY_EXPERT).to(DEVICE, dtype)
         twin = stock_twin(model, stock)
         input_ids = tokens(length=length, device=DEVICE)
@@ -48,7 +54,7 @@ def assert_no_further_from_fp64(source, stock: str, dtype: torch.dtype, autocast
         assert (calls.forward, calls.backward) == (2, 2)
         for kind, want in reference.items():
             pair = torch.stack([(got[kind] - want).square().sum() / want.square().sum() for got in (ours, theirs)])
-            squares[kind] = squares.get(kind, 0) + pair / 4
+            squares[kind] = squares.get(kind, 0) + pair / models
     for kind, pair in squares.items():
         ours, theirs = pair.sqrt().tolist()
         record(f"error of {kind}, kernel and stock", (ours, theirs))
@@ -56,13 +62,13 @@ def assert_no_further_from_fp64(source, stock: str, dtype: torch.dtype, autocast
         assert 0 < ours <= 1.05 * theirs, kind
 
 
-@pytest.mark.parametrize("length", [3, 64, 1500])
-def test_bf16_is_no_further_from_fp64_than_stock(source, length, record_property):
-    assert_no_further_from_fp64(source, "grouped_mm", torch.bfloat16, False, length, record_property)
+@pytest.mark.parametrize(("length", "models"), [(3, 48), (64, 8), (1500, 4)])
+def test_bf16_is_no_further_from_fp64_than_stock(source, length, models, record_property):
+    assert_no_further_from_fp64(source, "grouped_mm", torch.bfloat16, False, length, models, record_property)
 
 
 def test_autocast_is_no_further_from_fp64_than_stock(source, record_property):
-    assert_no_further_from_fp64(source, "eager", torch.float32, True, 200, record_property)
+    assert_no_further_from_fp64(source, "eager", torch.float32, True, 200, 4, record_property)
 
 
 def test_fp32_trains_as_stock(source):
