@@ -10,6 +10,7 @@ A model of yours is trained by LoRA on its attention; the small one, whose weigh
 import argparse
 import json
 import logging
+import os
 import resource
 import shutil
 import sys
@@ -164,11 +165,11 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, 
         "report_to": "none",
         "seed": 0,
     }
-    kind, config = Trainer, TrainingArguments
+    kind, config, collator = Trainer, TrainingArguments, default_data_collator
     if options.trainer == "sft":
         from trl import SFTConfig, SFTTrainer
 
-        kind, config = SFTTrainer, SFTConfig
+        kind, config, collator = SFTTrainer, SFTConfig, None  # its own adds the attention mask it counts tokens by
         arguments |= {"max_length": options.seq_len, "dataset_kwargs": {"skip_prepare_dataset": True}}
     return kind(
         model=model,
@@ -176,7 +177,7 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, 
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        data_collator=default_data_collator,
+        data_collator=collator,
     )
 
 
@@ -208,8 +209,11 @@ def save(trainer: Trainer, folder: Path) -> None:
 
 def main() -> None:
     options = parse()
-    if options.trainer == "sft" and not ON_GPU:
-        raise SystemExit("--trainer sft: TRL computes the loss by a Triton kernel, which needs a GPU; take the default")
+    if options.trainer == "sft" and not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit(
+            "--trainer sft: TRL computes the loss by a Triton kernel, which needs a GPU; take the default trainer, "
+            "or set TRITON_INTERPRET=1 to have Triton's interpreter run it on the CPU, slowly"
+        )
     set_seed(0)
     documents = read_texts(options.dataset, options.text_column)
     checkpoint = last_checkpoint(options.output / "checkpoints") if options.resume else None

@@ -26,14 +26,12 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finetune(kernel_dir):
-    def run(*arguments, code: int = 0) -> str:
-        environment = os.environ | {
-            "LOCAL_KERNELS": f"org/qwen3-moe-fused={kernel_dir}",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "integration"), os.environ.get("PYTHONPATH", "")]),
-        }
+    def run(*arguments, code: int = 0, **variables: str) -> str:
+        variables["LOCAL_KERNELS"] = f"org/qwen3-moe-fused={kernel_dir}"
+        variables["HF_HUB_OFFLINE"] = "1"
+        variables["PYTHONPATH"] = os.pathsep.join([str(ROOT / "integration"), os.environ.get("PYTHONPATH", "")])
         command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *map(str, arguments)]
-        ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+        ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=600)
         assert ran.returncode == code, f"{ran.stdout}\n{ran.stderr}"
         return ran.stdout + ran.stderr
 
@@ -59,9 +57,7 @@ def adapter(finetune, text, whole, tmp_path_factory) -> Path:
 def test_the_loss_falls_and_the_files_are_there(whole):
     printed = (whole / "printed").read_text()
     assert "Kernel: 3 Mixture-of-Experts layers" in printed
-    before, after = (
-        float(re.search(rf"loss {word}, held-out text +(\S+)", printed)[1]) for word in ("before", "after")
-    )
+    before, after = _before_and_after(printed)
     assert after < before - 0.5
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
     names = {path.name for path in (whole / "small-qwen3-moe").iterdir()}
@@ -82,6 +78,26 @@ def test_a_killed_run_resumes_to_the_same_losses(finetune, text, request, tmp_pa
     want, got = _losses(uninterrupted), _losses(tmp_path)
     assert sum(step > 16 for step, _, _ in want) >= 3
     assert got == want
+
+
+@pytest.mark.parametrize("triton_interpret", ["1", pytest.param("0", marks=pytest.mark.gpu)])
+def test_trl_trains_with_the_routers_loss(finetune, text, whole, tmp_path, triton_interpret):
+    """TRL adds the routers' auxiliary loss, so their logits must still be recorded."""
+    (tmp_path / "small-qwen3-moe").symlink_to(whole / "small-qwen3-moe")
+    arguments = ("--trainer", "sft", "--dataset", text, "--output", tmp_path, "--steps", 4, "--lr", 1e-2, *SMALL)
+    printed = finetune(*arguments, TRITON_INTERPRET=triton_interpret)
+    before, after = _before_and_after(printed)
+    assert after < before - 0.5
+    history = json.loads((tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    aux_losses = [entry["aux_loss"] for entry in history if "aux_loss" in entry]
+    assert len(aux_losses) == 4 and all(4 <= loss < 8 for loss in aux_losses)  # k experts a token: k if balanced
+
+
+def test_trl_on_a_cpu_says_what_it_needs(finetune, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    message = finetune("--trainer", "sft", "--output", tmp_path, code=1, TRITON_INTERPRET="0")
+    assert "needs a GPU" in message
 
 
 def test_an_adapter_loads_with_stock_libraries(whole, adapter):
@@ -110,6 +126,11 @@ def test_bad_text_is_named_before_training(finetune, whole, tmp_path, name, cont
         (tmp_path / name).write_text(content)
     arguments = ("--dataset", tmp_path / name, "--output", whole)
     assert message in finetune(*arguments, *SMALL, code=1)
+
+
+def _before_and_after(printed: str) -> tuple[float, float]:
+    """The held-out losses of the final table."""
+    return tuple(float(re.search(rf"loss {word}, held-out text +(\S+)", printed)[1]) for word in ("before", "after"))
 
 
 def _losses(output: Path) -> list[tuple[int, str, float]]:
