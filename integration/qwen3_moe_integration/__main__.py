@@ -1,4 +1,4 @@
-"""The command line: ``python -m qwen3_moe_integration convert IN OUT --to LAYOUT``."""
+"""The command line: ``python -m qwen3_moe_integration convert IN OUT --to LAYOUT``, ``... plan --model MODEL``."""
 
 import argparse
 import sys
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Optional
 
 from .convert import command as convert
+from .plan import command as plan
 
-COMMANDS = {"convert": convert}
+COMMANDS = {"convert": convert, "plan": plan}
 """Each has a one-line ``HELP``, ``add_arguments(parser)``, and ``run(arguments)``, which raises what went wrong."""
 
 

@@ -1,0 +1,52 @@
+"""The estimate as an answer: a table, whether the step fits, and the longest sequence that does."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .memory import GIB, Step, estimate, longest_sequence, shapes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by purpose, bytes of the card, and the longest sequence that fits in them; printed as a table."""
+
+    step: Step
+    parts: dict[str, float]
+    memory: float
+    longest: int
+
+    @property
+    def peak(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.memory
+
+    def __str__(self) -> str:
+        rows = [f"{name:18s}{size / GIB:8.2f} GiB" for name, size in self.parts.items()]
+        verdict = "fits" if self.fits else "does not fit"
+        rows += ["-" * 30, f"{'peak':18s}{self.peak / GIB:8.2f} GiB"]
+        rows += [f"{self.step.seq_len} tokens a sequence: {verdict} in {self.memory / GIB:g} GiB."]
+        if self.longest:
+            rows += [f"The longest sequence that fits has {self.longest} tokens."]
+        else:
+            rows += ["No sequence fits: lower the rank of the experts first, then the optimizer's bits."]
+        return "\n".join(rows)
+
+
+def make_plan(model: nn.Module, step: Step, memory: float) -> Plan:
+    """The plan for one step of ``model``, which may be on the meta device, on a card with ``memory`` bytes.
+
+    Raises:
+        ValueError: a size of the step is not positive, or the model has no stacks of experts.
+    """
+    for name in ("seq_len", "batch_size"):
+        if getattr(step, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(step, name)}")
+    for name in ("rank", "expert_rank"):
+        if getattr(step, name) < 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(step, name)}")
+    sizes = shapes(model)
+    return Plan(step, estimate(sizes, step), memory, longest_sequence(sizes, step, memory))

@@ -1,0 +1,114 @@
+"""The memory planner: what it counts is what the tensors of a real model take, and its answers fit each other."""
+
+from dataclasses import replace
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from qwen3_moe_integration.__main__ import main
+from qwen3_moe_integration.plan import Step, make_plan
+from qwen3_moe_integration.plan.memory import GIB, estimate, optimizer_bytes, shapes
+
+SMALL = dict(
+    vocab_size=512, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+    moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2,
+)  # fmt: skip
+LARGE = SMALL | dict(hidden_size=2048, vocab_size=151936, num_hidden_layers=4, num_experts=128, num_experts_per_tok=8)
+
+
+def model(**sizes) -> Qwen3MoeForCausalLM:
+    with torch.device("meta"):
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_weights_take_what_bitsandbytes_makes_of_them(tied, double_quant):
+    made = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, tie_word_embeddings=tied)).bfloat16()
+    total = 0
+    for name, parameter in made.named_parameters():
+        if parameter.dim() == 3 or (parameter.dim() == 2 and name.endswith("proj.weight")):
+            packed, state = bnb.quantize_4bit(parameter.data, compress_statistics=double_quant)
+            scales = (state.absmax, state.state2.absmax) if double_quant else (state.absmax,)
+            total += sum(x.numel() * x.element_size() for x in (packed, *scales))
+        else:
+            total += parameter.numel() * parameter.element_size()
+    parts = estimate(shapes(made), Step(double_quant=double_quant))
+    assert abs(parts["weights"] - total) < 1e-3 * total
+
+
+def test_adapters_take_what_peft_makes_of_them():
+    made = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL)).bfloat16()
+    sizes = shapes(made)
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    trained = [p for p in get_peft_model(made, config).parameters() if p.requires_grad]
+    parts = estimate(sizes, Step(rank=4, expert_rank=4))
+    assert parts["adapters"] == sum(p.numel() for p in trained) * 2
+
+
+def test_8_bit_adam_keeps_a_byte_a_state_and_small_tensors_in_fp32():
+    step = Step(optimizer_bits=8)
+    assert optimizer_bytes(256 * 100, step) == 2 * (256 * 100 + 100 * 4)
+    assert optimizer_bytes(4095, step) == 2 * 4 * 4095
+
+
+def test_a_4_bit_30b_leaves_room_on_a_24_gib_card_and_a_16_bit_one_does_not():
+    sizes = LARGE | dict(num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128)
+    wide = model(**sizes | dict(moe_intermediate_size=768))
+    plan = make_plan(wide, Step(), 24 * GIB)
+    assert plan.fits and plan.longest > 4096 and 15.4 * GIB < plan.parts["weights"] < 15.7 * GIB
+    assert not make_plan(wide, Step(bits=16), 24 * GIB).fits
+
+
+@pytest.mark.parametrize(
+    "change", [dict(expert_rank=64), dict(optimizer_bits=32), dict(checkpointing=False), dict(chunked_loss=False),
+               dict(batch_size=4)],
+)  # fmt: skip
+def test_the_longest_sequence_is_the_longest_and_shrinks_as_a_step_takes_more(change):
+    made, memory = model(**LARGE), 4 * GIB
+    plan = make_plan(made, Step(), memory)
+    at, behind = (make_plan(made, Step(seq_len=plan.longest + more), memory).peak for more in (0, 64))
+    assert at <= memory < behind
+    assert make_plan(made, replace(Step(), **change), memory).longest < plan.longest
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (Step(seq_len=0), "seq_len must be at least 1, got 0"),
+        (Step(expert_rank=-1), "expert_rank must not be negative"),
+    ],
+)
+def test_sizes_that_make_no_step_are_named(step, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(model(**SMALL), step, GIB)
+
+
+def test_a_model_without_stacks_of_experts_is_refused():
+    class Plain(nn.Module):
+        config = Qwen3MoeConfig(**SMALL)
+        get_output_embeddings = staticmethod(lambda: None)
+
+    with pytest.raises(ValueError, match="model must hold its experts in stacks gate_up_proj and down_proj, got Plain"):
+        make_plan(Plain(), Step(), GIB)
+
+
+def test_the_command_reads_the_config_alone(tmp_path, capsys):
+    Qwen3MoeConfig(**SMALL).save_pretrained(tmp_path)
+    command = ["plan", "--model", str(tmp_path), "--seq-len", "128"]
+    assert main([*command, "--gpu-memory", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("weights") and lines[-2] == "128 tokens a sequence: fits in 1 GiB."
+    assert main([*command, "--gpu-memory", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "No sequence fits" in out
+    assert main([*command, "--seq-len", "0"]) == 1
+    assert capsys.readouterr().err == "error: seq_len must be at least 1, got 0\n"
