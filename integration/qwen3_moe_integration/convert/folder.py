@@ -60,10 +60,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path, leave_out: str = "") -> None:
     """Copies what lies beside the weights and is not there yet."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in COMPANIONS and not (target / path.name).exists():
+        if path.name == leave_out or (target / path.name).exists():
+            continue
+        if path.is_file() and path.suffix in COMPANIONS:
             shutil.copyfile(path, target / path.name)
 
 
