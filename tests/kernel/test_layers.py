@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from . import oracle
+from .adapted import Adapter
 from .modules import Block, Experts, Router, with_forward
 from .oracle import RATIO, assert_close
 from .problems import Problem
@@ -91,6 +92,19 @@ def test_the_experts_layer_alone_is_fused_experts(kernel, device):
     experts = with_forward(Experts(inputs), kernel.layers.Qwen3MoeExperts)
     out = experts(inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights)
     assert torch.equal(out, kernel.fused_experts(*inputs[:-1]))
+
+
+@pytest.mark.parametrize("adapted", [("gate_up", "down"), ("gate_up",), ("down",)], ids="+".join)
+def test_adapters_left_on_the_experts_for_a_call_are_added(kernel, device, adapted):
+    inputs = PROBLEM.draw(device, torch.float32)
+    factors = Adapter().draw(PROBLEM, device, torch.float32)
+    lora = {name: (factors[f"{name}_A"], factors[f"{name}_B"], 0.5, 0.0) for name in adapted}
+    experts = with_forward(Experts(inputs), kernel.layers.Qwen3MoeExperts)
+    experts.lora = {f"{name}_proj": fields for name, fields in lora.items()}
+    out = experts(inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights)
+    given = {f"{name}_lora": kernel.Lora(*fields) for name, fields in lora.items()}
+    assert torch.equal(out, kernel.fused_experts(*inputs[:-1], **given))
+    assert not torch.equal(out, kernel.fused_experts(*inputs[:-1]))
 
 
 def test_unsupported_experts_are_refused_by_name(kernel, block, hidden_states):

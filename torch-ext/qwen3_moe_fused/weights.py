@@ -2,7 +2,8 @@
 
 A module qualifies when it has ``gate_up_proj`` and ``down_proj`` as plain 3-D tensors or as 4-bit stacks of
 bitsandbytes, no biases and an activation the kernels know. Whatever wraps such a module (PEFT, a sharding hook) keeps
-the right to see the call first.
+the right to see the call first, and may leave adapters on the module for the time of the call: ``experts.lora``, a
+dict that has the fields of a ``Lora`` for ``"gate_up_proj"``, ``"down_proj"`` or both.
 """
 
 from types import MethodType
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .four_bit import four_bit_weight, is_four_bit
-from .projection import Weight
+from .projection import Lora, Weight
 
 _ACTIVATIONS = {
     "SiLU": "silu",
@@ -26,12 +27,14 @@ _ACTIVATIONS = {
 
 
 class ExpertWeights(NamedTuple):
-    """gate_up_proj (E, 2I, H), down_proj (E, H, I), each a tensor or a ``FourBitWeight``, and the activation's name, in
-    the order ``fused_experts`` takes."""
+    """gate_up_proj (E, 2I, H), down_proj (E, H, I), each a tensor or a ``FourBitWeight``, the activation's name and the
+    adapters of both, in the order ``fused_experts`` takes."""
 
     gate_up_proj: Weight
     down_proj: Weight
     activation: str
+    gate_up_lora: Optional[Lora] = None
+    down_lora: Optional[Lora] = None
 
 
 def activation_name(act_fn) -> Optional[str]:
@@ -49,7 +52,7 @@ def unsupported_reason(experts: nn.Module) -> Optional[str]:
 
 
 def expert_weights(experts: nn.Module) -> ExpertWeights:
-    """The weights of an experts module; transposed storage (E, H, 2I) becomes a view, not a copy.
+    """The weights and adapters of an experts module; transposed storage (E, H, 2I) becomes a view, not a copy.
 
     Raises:
         ValueError: the module is not one that ``fused_experts`` can compute; see :func:`unsupported_reason`.
@@ -58,7 +61,10 @@ def expert_weights(experts: nn.Module) -> ExpertWeights:
     reason = _unsupported_reason(experts, gate_up_proj, down_proj)
     if reason is not None:
         raise ValueError(f"experts: {type(experts).__name__} cannot run as fused_experts: {reason}")
-    return ExpertWeights(_weight(experts, gate_up_proj), _weight(experts, down_proj), activation_name(experts.act_fn))
+    weights = (_weight(experts, gate_up_proj), _weight(experts, down_proj))
+    lora = getattr(experts, "lora", {})
+    adapters = (Lora(*lora[name]) if name in lora else None for name in ("gate_up_proj", "down_proj"))
+    return ExpertWeights(*weights, activation_name(experts.act_fn), *adapters)
 
 
 def _weight(experts: nn.Module, parameter: torch.Tensor) -> Weight:
