@@ -1,5 +1,6 @@
 """Adapters between layouts: nothing is lost, stock PEFT reads what it should, and what is no adapter is refused."""
 
+import copy
 import subprocess
 import sys
 
@@ -143,6 +144,28 @@ def test_stock_peft_loads_the_peft_layout_and_gives_what_the_v4_adapter_gives(tm
     merged = got.merge_and_unload().state_dict()
     for name, weight in want.state_dict().items():
         assert_close(name, weight, merged[name], 1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_stock_peft_loads_the_router_and_a_dense_layer_beside_experts(tmp_path):
+    adapter = V4Adapter(**MODEL, layers=(1,))
+    I, tensors = SIZES["intermediate_size"], adapter.tensors()
+    for module, width, height in (
+        ("0.mlp.gate_proj", 32, I),
+        ("0.mlp.up_proj", 32, I),
+        ("0.mlp.down_proj", I, 32),
+        ("1.mlp.gate", 32, 8),
+    ):
+        prefix = f"base_model.model.model.layers.{module}.lora_"
+        tensors[f"{prefix}A.weight"], tensors[f"{prefix}B.weight"] = torch.randn(4, width), torch.randn(height, 4)
+    source = save(tmp_path / "v4", tensors, adapter.adapter_config())
+    convert_adapter(source, tmp_path / "peft", "peft", check=True)
+    convert_adapter(tmp_path / "peft", tmp_path / "back", "per-expert")
+    assert_same_tensors(source, tmp_path / "back")
+    base = QWEN3.build(mlp_only_layers=[0])
+    want = add_to_weights(copy.deepcopy(base).double(), source).state_dict()
+    got = PeftModel.from_pretrained(base, tmp_path / "peft").merge_and_unload().state_dict()
+    for name, weight in want.items():
+        assert_close(name, weight, got[name], 1e-6)
 
 
 def test_stock_peft_converts_a_plain_v4_adapter_to_the_same_weights(tmp_path):

@@ -95,11 +95,11 @@ def test_factors_of_peft_that_fit_no_model_are_refused(tmp_path, to):
     tensors, config = load(tmp_path / "peft")
     key = "base_model.model.model.layers.0.mlp.experts.lora_{}.weight"
     for changed, message in (
-        ({key.format("A"): torch.randn(12, 6)}, "no hidden size H and intermediate size I fit"),
+        ({key.format("A"): torch.randn(12, 6)}, r"factors must be \(H, 2I\)"),
         ({key.format("A"): torch.randn(11, 5)}, r"\(r\*E, in\)"),
         ({key.format("A"): torch.randn(16, 5), key.format("B"): torch.randn(7, 16)}, "has experts 4, but"),
     ):
-        source = save(tmp_path / message[:9], {**tensors, **changed}, config)
+        source = save(tmp_path / f"broken {len(changed[key.format('A')])}", {**tensors, **changed}, config)
         with pytest.raises(ValueError, match=message):
             convert_adapter(source, tmp_path / "out", to)
 

@@ -1,4 +1,12 @@
-"""Conversion of adapters and checkpoints between the layouts of Transformers v4, v5 with PEFT, and the 2025 project."""
+"""Conversion of adapters and checkpoints between the layouts of Transformers v4, v5 with PEFT, and the 2025 project.
+
+Adapters, in memory as a whole: ``factors`` of one weight, ``gate_up`` joins and splits them; ``layout`` and its three
+``per_expert``, ``target_parameters``, ``fused_2025`` are names and shapes on disk; ``lora_config`` is the
+configuration; ``adapter`` puts it together, ``adapter_check`` compares.
+
+Checkpoints, as a stream: ``shards`` reads and writes parts of tensors, ``weights`` says which expert lies where,
+``four_bit`` what bitsandbytes saves beside it; ``checkpoint`` puts it together, ``checkpoint_conversion`` converts.
+"""
 
 from os import PathLike
 from pathlib import Path
@@ -13,7 +21,7 @@ ADAPTER_FORMATS = tuple(LAYOUTS)
 CHECKPOINT_FORMATS = WEIGHT_LAYOUTS
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-Path_ = Union[str, PathLike]
+AnyPath = Union[str, PathLike]
 
 __all__ = [
     "ADAPTER_FORMATS",
@@ -29,7 +37,7 @@ __all__ = [
 ]
 
 
-def read_adapter(source: Path_) -> Adapter:
+def read_adapter(source: AnyPath) -> Adapter:
     """The adapter in a folder, whichever of ``ADAPTER_FORMATS`` it is in.
 
     Raises:
@@ -41,7 +49,7 @@ def read_adapter(source: Path_) -> Adapter:
     return unpack(folder.read_tensors(weights), folder.read_json(source / ADAPTER_CONFIG))
 
 
-def convert_adapter(source: Path_, target: Path_, to: str, uniform: bool = False, check: bool = False) -> None:
+def convert_adapter(source: AnyPath, target: AnyPath, to: str, uniform: bool = False, check: bool = False) -> None:
     """Writes a LoRA adapter again in another layout.
 
     Every product ``scaling * B @ A`` stays as it is, and so do the bits of the factors where the layout has room for
@@ -71,7 +79,7 @@ def convert_adapter(source: Path_, target: Path_, to: str, uniform: bool = False
             assert_same(adapter, read_adapter(unfinished))
 
 
-def convert_checkpoint(source: Path_, target: Path_, to: str, check: bool = False) -> None:
+def convert_checkpoint(source: AnyPath, target: AnyPath, to: str, check: bool = False) -> None:
     """Writes a model's weights again with the experts in another layout, dense or in 4 bit, bit for bit.
 
     Memory is that of one expert's matrix. Scales of 4-bit weights that are quantized themselves (double quantization)
@@ -95,7 +103,7 @@ def convert_checkpoint(source: Path_, target: Path_, to: str, check: bool = Fals
         checkpoint_conversion.convert(Path(source), unfinished, to, check)
 
 
-def convert(source: Path_, target: Path_, to: str, uniform: bool = False, check: bool = False) -> None:
+def convert(source: AnyPath, target: AnyPath, to: str, uniform: bool = False, check: bool = False) -> None:
     """:func:`convert_adapter` or :func:`convert_checkpoint`, whichever ``source`` is."""
     if (Path(source) / ADAPTER_CONFIG).is_file():
         return convert_adapter(source, target, to, uniform, check)

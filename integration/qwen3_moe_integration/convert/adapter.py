@@ -62,8 +62,8 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any]) -> Adapter:
     mine = {key for key, tensor in tensors.items() if layout.owns(key, tensor)}
     others = {key: tensor for key, tensor in tensors.items() if key not in mine}
     for key in others:
-        if ".experts." in key and ".lora_" in key:
-            raise ValueError(f"{key} is no factor of plain LoRA on gate_proj, up_proj or down_proj")
+        if ".experts." in key:
+            raise ValueError(f"{key} is no factor of plain LoRA on gate_proj, up_proj or down_proj of the experts")
     experts = layout.read(tensors, config)
     check_sizes(experts)
     linears = {}

@@ -116,11 +116,19 @@ def _config(config: dict[str, Any], checkpoint: Checkpoint, to: str) -> dict[str
     quantization = config.get("quantization_config")
     if not checkpoint.four_bit or not isinstance(quantization, dict):
         return config
-    left_out = {"quant_method", "save_id", "load_in_4bit", "_load_in_4bit", "load_in_8bit", "_load_in_8bit"}
+    left_out = {
+        "quant_method",
+        "experts_blocksize",
+        "save_id",
+        "load_in_4bit",
+        "_load_in_4bit",
+        "load_in_8bit",
+        "_load_in_8bit",
+    }
     fields = {name: value for name, value in quantization.items() if name not in left_out}
     if to == "stacked":
         blocksize = next(iter(checkpoint.four_bit.values())).state["blocksize"]
-        fields.update(quant_method=STACKED_METHOD, bnb_4bit_blocksize=blocksize)
+        fields.update(quant_method=STACKED_METHOD, experts_blocksize=blocksize)
     else:
         fields.update(quant_method=STOCK_METHOD, load_in_4bit=True, load_in_8bit=False)
     return {**config, "quantization_config": fields}

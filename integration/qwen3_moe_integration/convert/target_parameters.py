@@ -133,15 +133,13 @@ def _hidden_size(tensors: dict[str, Tensor]) -> Optional[int]:
 def _swapped(block: str, stacked: dict[str, tuple], hidden: Optional[int], config: dict[str, Any]) -> bool:
     """Whether a PEFT up to 0.18 has written the factors: by their sizes, and where these allow both, by its version."""
     sizes = {parameter: (A.shape[2], B.shape[1]) for parameter, (A, B) in stacked.items()}
-    fits = [swapped for swapped in (False, True) if _fits(sizes, hidden, swapped)]
+    fits = [swapped for swapped in (False, True) if _fits(sizes, None, swapped)]
+    if len(fits) == 2 and hidden is not None:
+        fits = [swapped for swapped in fits if _fits(sizes, hidden, swapped)]
     if not fits:
         raise ValueError(
-            f"{block}.experts: no hidden size H and intermediate size I fit the (in, out) of its factors, {sizes}, "
-            + (
-                f"with H = {hidden} as in the adapter's attention"
-                if hidden
-                else "gate_up_proj (H, 2I), down_proj (I, H)"
-            )
+            f"{block}.experts: factors must be (H, 2I) for gate_up_proj and (I, H) for down_proj, in and out, "
+            f"got {sizes} beside a hidden size H of {hidden}"
         )
     if len(fits) == 1:
         return fits[0]
@@ -158,8 +156,6 @@ def _fits(sizes: dict[str, tuple[int, int]], hidden: Optional[int], swapped: boo
     H, I = {hidden} - {None}, set()
     for parameter, (width, height) in sizes.items():
         width, height = (height, width) if swapped else (width, height)
-        if parameter == "gate_up_proj":
-            H.add(width), I.add(height / 2)
-        else:
-            H.add(height), I.add(width)
-    return len(H) == 1 and len(I) == 1
+        H.add(width if parameter == "gate_up_proj" else height)
+        I.add(height / 2 if parameter == "gate_up_proj" else width)
+    return len(H) == len(I) == 1
