@@ -183,8 +183,8 @@ def test_a_profile_names_what_ran(kernel_dir, tmp_path):
     profile_layer.main([*arguments, "--tokens", "16", "--passes", "frozen"])
     (profile,) = json.loads((tmp_path / "profile.json").read_text())["profiles"]
     assert profile["pass"] == "frozen"
-    assert any("fused_experts_backward" in op["name"] and op["launches"] == 1 for op in profile["device_ops"])
-    assert "fused_experts_backward" in (tmp_path / "profile.md").read_text()
+    assert any("FusedExpertsBackward" in op["name"] and op["launches"] == 1 for op in profile["device_ops"])
+    assert "FusedExpertsBackward" in (tmp_path / "profile.md").read_text()
 
 
 @pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("benchmark*.py")), ids=lambda path: path.stem)

@@ -36,13 +36,13 @@ def triton_kernel(kernel, launchers) -> ModuleType:
     ops = {
         "routing": {"_routing": launchers.routing},
         "linear": {"_linear": launchers.linear, "_weight_grad": launchers.weight_grad},
-        "experts": {"_forward": launchers.experts_forward, "_backward": launchers.experts_backward},
     }
     for file, launcher_of in ops.items():
-        module = importlib.import_module(f"{kernel.__name__}.{file}")
         for name, launcher in launcher_of.items():
-            plain = {"_forward": "forward_on", "_backward": "backward_on"}.get(name)
-            getattr(module, name).register_kernel("cpu")(getattr(module, plain)(launcher) if plain else launcher)
+            getattr(importlib.import_module(f"{kernel.__name__}.{file}"), name).register_kernel("cpu")(launcher)
+    experts = importlib.import_module(f"{kernel.__name__}.experts")
+    experts.FORWARD["cpu"] = experts.forward_on(launchers.experts_forward)
+    experts.BACKWARD["cpu"] = experts.backward_on(launchers.experts_backward)
     return kernel
 
 

@@ -1,0 +1,72 @@
+"""The layer is a torch op to whoever looks for one; where nobody does, the same code runs without the dispatcher."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from .oracle import RATIO, assert_close
+from .problems import Problem
+
+
+class Seen(TorchDispatchMode):
+    """Names of the kernel's ops, in order, that ran while it was entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace.startswith("_qwen3_moe_fused"):
+            self.ops.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def _leaves(inputs) -> list[torch.Tensor]:
+    return [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs[:-1]]
+
+
+def _results(kernel, inputs) -> list[torch.Tensor]:
+    leaves = _leaves(inputs)
+    out = kernel.fused_experts(*leaves)
+    return [out, *torch.autograd.grad(out, [x for x in leaves if x.requires_grad], inputs.grad_output)]
+
+
+def test_a_dispatch_mode_sees_both_ops_and_the_same_numbers(kernel, device):
+    inputs = Problem(imbalance="some_skipped").draw(device, torch.float32)
+    with Seen() as seen:
+        watched = _results(kernel, inputs)
+    assert seen.ops == ["fused_experts", "fused_experts_backward"]
+    assert all(map(torch.equal, watched, _results(kernel, inputs)))
+
+
+def test_without_one_the_dispatcher_is_left_out(kernel, device):
+    out = kernel.fused_experts(*_leaves(Problem().draw(device, torch.float32)))
+    assert type(out.grad_fn).__name__ == "FusedExpertsBackward"
+    with Seen():
+        out = kernel.fused_experts(*_leaves(Problem().draw(device, torch.float32)))
+    assert type(out.grad_fn).__name__ != "FusedExpertsBackward"
+
+
+def test_only_the_gradients_asked_for_come_back(kernel, device):
+    inputs = Problem().draw(device, torch.float32)
+    hidden, index, weights, gate_up, down = (x.detach() for x in inputs[:-1])
+    weights.requires_grad_()
+    kernel.fused_experts(hidden, index, weights, gate_up, down).backward(inputs.grad_output)
+    assert weights.grad is not None and hidden.grad is gate_up.grad is down.grad is None
+
+
+def test_a_checkpointed_layer_has_the_same_gradients(kernel, device):
+    inputs = Problem().draw(device, torch.float32)
+    leaves = _leaves(inputs)
+    out = checkpoint(kernel.fused_experts, *leaves, use_reentrant=False)
+    grads = torch.autograd.grad(out, [x for x in leaves if x.requires_grad], inputs.grad_output)
+    assert all(map(torch.equal, [out, *grads], _results(kernel, inputs)))
+
+
+def test_torch_func_maps_over_the_op(kernel):
+    """vmap has no rule for the op and runs it once for each entry, with a warning."""
+    hidden, *rest, _ = Problem().draw("cpu", torch.float32)
+    several = torch.stack((hidden, -hidden, 2 * hidden))
+    out = torch.vmap(lambda x: kernel.fused_experts(x, *rest))(several)
+    for x, y in zip(several, out):
+        assert_close("mapped", kernel.fused_experts(x, *rest), y, RATIO[torch.float32])
