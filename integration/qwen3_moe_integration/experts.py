@@ -4,6 +4,7 @@ Transformers calls the function in place of an experts module's ``forward``. Exp
 run as they would without it, and one warning says why.
 """
 
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Optional
@@ -20,13 +21,20 @@ logger = logging.get_logger(__name__)
 
 
 def experts_function(kernel: ModuleType) -> Callable:
-    """The function to register: ``function(experts, hidden_states, top_k_index, top_k_weights) -> (T, H)``."""
+    """The function to register: ``function(experts, hidden_states, top_k_index, top_k_weights) -> (T, H)``.
+
+    Its attribute ``unsupported_reason`` says why an experts module cannot run on the kernel; None if it can.
+    ``kernel`` is the kernel's module.
+    """
     layer, stock = kernel.layers.Qwen3MoeExperts, ALL_EXPERTS_FUNCTIONS[STOCK_IMPLEMENTATION]
+
+    def unsupported_reason(experts: nn.Module) -> Optional[str]:
+        return _gate_reason(experts) or kernel.unsupported_reason(experts)
 
     def qwen3_moe_fused(
         experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        reason = _gate_reason(experts) or kernel.unsupported_reason(experts)
+        reason = unsupported_reason(experts)
         if reason is None:
             return layer.forward(experts, hidden_states, top_k_index, top_k_weights)
         _warn_once(
@@ -35,7 +43,20 @@ def experts_function(kernel: ModuleType) -> Callable:
         )
         return stock(experts, hidden_states, top_k_index, top_k_weights)
 
+    qwen3_moe_fused.unsupported_reason = unsupported_reason
+    qwen3_moe_fused.kernel = kernel
     return qwen3_moe_fused
+
+
+def takes_adapters(experts: nn.Module) -> bool:
+    """Whether a call of this experts module runs a kernel, which then adds the adapters in ``experts.lora``."""
+    forward = getattr(experts, "_old_forward", experts.forward)  # Accelerate's hooks stand in front of it
+    kernel = sys.modules.get(getattr(forward, "__module__", "").rpartition(".")[0])
+    function = ALL_EXPERTS_FUNCTIONS.get(EXPERTS_IMPLEMENTATION)
+    chosen = getattr(getattr(experts, "config", None), "_experts_implementation", None) == EXPERTS_IMPLEMENTATION
+    if not hasattr(kernel, "fused_experts") and chosen and function.unsupported_reason(experts) is None:
+        kernel = function.kernel
+    return hasattr(kernel, "Lora")
 
 
 def _gate_reason(experts: nn.Module) -> Optional[str]:

@@ -16,6 +16,7 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock
 
 from .experts import EXPERTS_IMPLEMENTATION, experts_function
+from .lora import adopt
 from .source import KernelLayer, KernelSource
 
 LAYERS = (Qwen3MoeSparseMoeBlock, Qwen3MoeExperts)
@@ -27,7 +28,7 @@ def kernelize_model(model: nn.Module, mode: str = "training", kernel: KernelSour
     """Runs the experts of a loaded Qwen3-MoE model on the kernel.
 
     Works before and after PEFT wraps the model, and lasts through ``train()`` and ``eval()``. Weights and
-    ``state_dict`` do not change.
+    ``state_dict`` do not change. LoRA of the experts runs on the kernel too.
 
     Args:
         model: a Qwen3-MoE model, or a module that contains one.
@@ -52,6 +53,7 @@ def kernelize_model(model: nn.Module, mode: str = "training", kernel: KernelSour
         )
     _check_supported(layers, kernel)
     _make_extensible()
+    adopt(model)
     # One layer serves all devices, so it does not matter where the weights lie at the moment.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with use_kernel_mapping(_mapping(kernel), inherit_mapping=False), _beneath_hooks(layers):
