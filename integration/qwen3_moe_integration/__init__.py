@@ -1,10 +1,19 @@
-"""Puts the qwen3-moe-fused kernel into Transformers models; knows Transformers, PEFT and ``kernels``, and no Triton."""
+"""Puts the qwen3-moe-fused kernel into Transformers models; knows Transformers, PEFT, bitsandbytes and ``kernels``, and
+no Triton."""
 
 from . import peft_hooks
 from .kernelize import kernelize_model, register
 from .lora import expert_lora_config
+from .quantize import MoeBitsAndBytesConfig, legacy_config
 from .source import KernelSource
 
-__all__ = ["KernelSource", "expert_lora_config", "kernelize_model", "register"]
+__all__ = [
+    "KernelSource",
+    "MoeBitsAndBytesConfig",
+    "expert_lora_config",
+    "kernelize_model",
+    "legacy_config",
+    "register",
+]
 
 peft_hooks.install()

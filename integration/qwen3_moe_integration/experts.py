@@ -37,6 +37,8 @@ def experts_function(kernel: ModuleType) -> Callable:
         reason = unsupported_reason(experts)
         if reason is None:
             return layer.forward(experts, hidden_states, top_k_index, top_k_weights)
+        if hasattr(getattr(experts, "gate_up_proj", None), "quant_state"):
+            raise ValueError(f"{type(experts).__name__} is in 4 bit, so it can run on the kernel alone: {reason}")
         _warn_once(
             f"{type(experts).__name__} runs on Transformers' {STOCK_IMPLEMENTATION} instead of "
             f"{EXPERTS_IMPLEMENTATION}: {reason}"

@@ -5,14 +5,14 @@
 range of ``kernels`` versions only, and keeps quiet about a layer for which it finds no kernel.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
 import torch
 from kernels import Mode, kernelize, register_kernel_mapping, replace_kernel_forward_from_hub, use_kernel_mapping
 from torch import nn
-from transformers.integrations.moe import ExpertsInterface
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock
 
 from .experts import EXPERTS_IMPLEMENTATION, experts_function
@@ -76,6 +76,13 @@ def register(kernel: KernelSource = FROM_HUB) -> None:
     _make_extensible()
     register_kernel_mapping(_mapping(kernel))
     ExpertsInterface.register(EXPERTS_IMPLEMENTATION, function)
+
+
+def registered_experts() -> Callable:
+    """The experts function that Transformers knows: of the Hub's kernel, unless :func:`register` was called before."""
+    if EXPERTS_IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+        register()
+    return ALL_EXPERTS_FUNCTIONS[EXPERTS_IMPLEMENTATION]
 
 
 def _check_supported(layers: list, kernel: KernelSource) -> None:

@@ -1,0 +1,175 @@
+"""4-bit models on disk: saved without a word and loaded again as they were, and never loaded wrongly."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from bitsandbytes.functional import QuantState
+from transformers import AutoModelForCausalLM, modeling_utils
+
+from tests.conftest import ROOT
+from tests.integration.models import ExpertsCalls, tokens
+from tests.integration.quantized import (
+    NESTED,
+    PLAIN_FP4,
+    assert_same_model,
+    checkpoint,
+    edit,
+    edit_config,
+    load,
+)
+
+STACK = "model.layers.1.mlp.experts.gate_up_proj"
+BLOB = f"{STACK}.quant_state.bitsandbytes__nf4"
+
+
+@pytest.fixture
+def quantized(registered, tmp_path):
+    """A 4-bit model, and the folder in which it is saved."""
+    checkpoint(tmp_path / "full")
+    model = load(tmp_path / "full", NESTED)
+    model.save_pretrained(tmp_path / "quantized", max_shard_size="15KB")
+    return model, tmp_path / "quantized"
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("config", [NESTED, PLAIN_FP4], ids=["nf4 nested", "fp4"])
+def test_what_was_saved_loads_again_bit_for_bit(registered, tmp_path, config):
+    checkpoint(tmp_path / "full")
+    model = load(tmp_path / "full", config)
+    model.save_pretrained(tmp_path / "quantized", max_shard_size="12KB")
+    assert len([*(tmp_path / "quantized").glob("*.safetensors")]) > 3
+    again = load(tmp_path / "quantized")
+    assert_same_model(model, again)
+    input_ids = tokens()
+    with ExpertsCalls() as calls:
+        assert torch.equal(model(input_ids).logits, again(input_ids).logits)
+    assert calls.forward == 4
+
+
+def test_config_json_says_what_it_is(quantized):
+    written = json.loads((quantized[1] / "config.json").read_text())["quantization_config"]
+    assert len(written.pop("save_id")) == 16
+    assert written == {
+        "quant_method": "bitsandbytes_moe",
+        "llm_int8_skip_modules": None,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_quant_storage": "uint8",
+        "experts_blocksize": 64,
+    }
+
+
+def test_transformers_alone_refuses_to_load_it(quantized):
+    program = (
+        f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(quantized[1])!r})"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert run.returncode and "Unknown quantization type, got bitsandbytes_moe" in run.stdout + run.stderr
+
+
+def test_a_save_that_was_interrupted_over_another_one_does_not_load(quantized, monkeypatch):
+    model, folder = quantized
+    written = []
+
+    def stop_at_the_second(tensors, file, **kwargs):
+        if written:
+            raise KeyboardInterrupt
+        written.append(file)
+        save_file(tensors, file, **kwargs)
+
+    save_file = modeling_utils.safe_save_file
+    monkeypatch.setattr(modeling_utils, "safe_save_file", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(folder, max_shard_size="15KB")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"model-0000\d-of.* of different saves .*interrupted"):
+        load(folder)
+    model.save_pretrained(folder, max_shard_size="15KB")
+    assert_same_model(model, load(folder))
+
+
+def test_an_older_file_that_transformers_prefers_does_not_pass_for_the_model(quantized):
+    """Transformers leaves model.safetensors of an unsharded save where it is, and loads it rather than the shards."""
+    model, folder = quantized
+    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="15KB")
+    with pytest.raises(ValueError, match=r"model.safetensors and its config.json are of different saves"):
+        load(folder)
+
+
+def test_a_truncated_file_is_an_error_that_names_it(quantized):
+    file = sorted(quantized[1].glob("*.safetensors"))[1]
+    os.truncate(file, file.stat().st_size - 100)
+    with pytest.raises(ValueError, match=rf"{file.name} is truncated: \S+ ends at byte"):
+        load(quantized[1])
+
+
+def rewritten(**changes):
+    """Changes a stack's quant_state: its numbers, in JSON."""
+
+    def change(tensors):
+        numbers = json.loads(bytes(tensors[BLOB].tolist())) | changes
+        tensors[BLOB] = torch.tensor([*json.dumps(numbers).encode()], dtype=torch.uint8)
+
+    return change
+
+
+def shortened(key):
+    return lambda tensors: tensors.update({key: tensors[key][:-1].clone()})
+
+
+DAMAGE = [
+    (lambda tensors: tensors.pop(f"{STACK}.absmax"), f"{STACK} is in 4 bit, but the checkpoint has no absmax of it"),
+    (lambda tensors: tensors.pop(BLOB), f"{STACK} is in 4 bit, but the checkpoint has no quant_state of it"),
+    (lambda tensors: tensors.pop(STACK), f"{STACK}: the checkpoint has 0 tensors .*, but 1 absmax"),
+    (shortened(STACK), f"{STACK}: 6143 bytes instead of 6144"),
+    (shortened(f"{STACK}.absmax"), f"{STACK}: 191 absmax instead of 192"),
+    (shortened(f"{STACK}.nested_quant_map"), f"{STACK}: 255 nested_quant_map instead of 256"),
+    (rewritten(shape=[8, 24, 32]), f"{STACK}: .*12288 bytes|{STACK}: 192 absmax instead of 96"),
+    (rewritten(shape=[8, 32, 48]), rf"{STACK}: its parts must make up \(8, 48, 32\), got 1 of \(8, 32, 48\)"),
+    (rewritten(quant_type="int4"), f"{STACK}: its quant_type must be one of .*, got 'int4'"),
+    (rewritten(blocksize=100), f"{STACK}: its blocksize must be one of .*, got 100"),
+    (lambda tensors: tensors.update({BLOB: tensors[BLOB][3:].clone()}), f"{STACK}: its quant_state cannot be read"),
+    (
+        lambda tensors: tensors.pop("model.layers.0.self_attn.q_proj.weight.quant_map"),
+        "model.layers.0.self_attn.q_proj.weight is in 4 bit, but the checkpoint has no quant_map of it",
+    ),
+    (
+        lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}),
+        r"model.norm.weight: the model wants a shape of \(32,\), the checkpoint has \(31,\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE)
+def test_a_damaged_checkpoint_is_an_error_that_names_the_tensor(quantized, damage, message):
+    edit(quantized[1], damage)
+    with pytest.raises(ValueError, match=message):
+        load(quantized[1])
+
+
+@pytest.mark.compat
+def test_a_stack_in_4_bit_that_is_to_stay_as_it_is_is_an_error(quantized):
+    edit_config(quantized[1], llm_int8_skip_modules=["experts.gate_up_proj"])
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj is in 4 bit, but was to stay as it is"):
+        load(quantized[1])
+
+
+def test_the_state_dict_is_all_it_takes(quantized):
+    """Other savers than Transformers see the statistics too."""
+    model, _ = quantized
+    state_dict = {key: tensor.clone() for key, tensor in model.state_dict().items() if key.startswith(STACK)}
+    packed = state_dict.pop(STACK)
+    state = QuantState.from_dict({key[len(STACK) + 1 :]: x for key, x in state_dict.items()}, device=packed.device)
+    assert state == model.get_parameter(STACK).quant_state and state.shape == (8, 48, 32)
+
+
+def test_auto_model_takes_a_dict_too(registered, tmp_path):
+    checkpoint(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=NESTED.to_dict(), dtype=torch.bfloat16)
+    assert_same_model(model, load(tmp_path, NESTED))
