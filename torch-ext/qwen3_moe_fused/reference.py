@@ -138,15 +138,17 @@ def experts_backward(
 def _project(
     x: Tensor, projection: Projection, expert: int, slot: Tensor, seed: Optional[Tensor], stream: int = 0
 ) -> Tuple[Tensor, Optional[Tensor]]:
-    """x (rows, K) through one expert's projection: (rows, N), rounded once; and x A^T (rows, R), if it has an A."""
+    """x (rows, K) through one expert's projection: (rows, N), rounded once; and scaling * x A^T (rows, R), if it has an
+    A."""
     out = F.linear(x, _matrix(projection.weight, expert, x.dtype))
     lora = projection.lora
     if lora is None:
         return out, x.new_empty(x.shape[0], 0)
-    low_rank = F.linear(_dropped(x, lora.dropout, slot, seed, stream), lora.A[expert].to(x.dtype))
+    low_rank = F.linear(_wide(_dropped(x, lora.dropout, slot, seed, stream)), _wide(lora.A[expert].to(x.dtype)))
+    low_rank = (lora.scaling * low_rank).to(x.dtype)
     pairs = zip(low_rank.chunk(lora.halves, -1), lora.B[expert].to(x.dtype).chunk(lora.halves, 0))
     added = torch.cat([F.linear(_wide(a), _wide(b)) for a, b in pairs], -1)
-    return (_wide(out) + lora.scaling * added).to(x.dtype), low_rank
+    return (_wide(out) + added).to(x.dtype), low_rank
 
 
 def _project_back(
@@ -164,7 +166,7 @@ def _project_back(
 def _grad_low_rank(grad: Tensor, lora: Lora, expert: int) -> Tensor:
     """The gradient (rows, R) of x A^T."""
     pairs = zip(grad.chunk(lora.halves, -1), lora.B[expert].to(grad.dtype).chunk(lora.halves, 0))
-    return torch.cat([lora.scaling * (g @ b) for g, b in pairs], -1)
+    return torch.cat([lora.scaling * (_wide(g) @ _wide(b)) for g, b in pairs], -1).to(grad.dtype)
 
 
 def _factor_gradients(
@@ -173,7 +175,7 @@ def _factor_gradients(
     """The gradients of one expert's A (R, K) and B (N, r), from that of the projection's result (rows, N)."""
     grad_A = _wide(_grad_low_rank(grad, lora, expert)).t() @ _wide(_dropped(x, lora.dropout, slot, seed, stream))
     pairs = zip(grad.chunk(lora.halves, -1), low_rank.chunk(lora.halves, -1))
-    grad_B = torch.cat([lora.scaling * (_wide(g).t() @ _wide(a)) for g, a in pairs])
+    grad_B = torch.cat([_wide(g).t() @ _wide(a) for g, a in pairs])
     return grad_A, grad_B
 
 
@@ -185,7 +187,7 @@ def _fill(grad: Tensor, expert: int, value: Tensor) -> None:
 def _dropped(x: Tensor, dropout: float, slot: Tensor, seed: Optional[Tensor], stream: int) -> Tensor:
     if dropout == 0.0:
         return x
-    return x * (keep_mask(slot, x.shape[1], dropout, seed, stream) / (1.0 - dropout)).to(x.dtype)
+    return (_wide(x) * keep_mask(slot, x.shape[1], dropout, seed, stream) / (1.0 - dropout)).to(x.dtype)
 
 
 def keep_mask(slot: Tensor, columns: int, dropout: float, seed: Tensor, stream: int) -> Tensor:

@@ -66,10 +66,48 @@ _SMALL_SHARED_MEMORY = {  # 99 KB: sm_86, sm_89, sm_120; also the start for sm_8
     32: _tiling(64, (64, 32, 4, 4), (128, 32, 4, 4), (64, 32, 4, 4), 32, (64, 128, 4, 3)),
     128: _tiling(128, (64, 32, 8, 4), (128, 32, 8, 4), (64, 32, 8, 4), 32, (128, 128, 8, 3)),
 }
+_SMALL = 99 * 1024
 _FP32 = {  # multiplied in IEEE fp32 by the ordinary units, where large tiles only spill
     1: _tiling(16, (32, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), 16, (32, 64, 4, 2)),
     32: _tiling(32, (32, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), 16, (32, 64, 4, 2)),
 }
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """The tiles of an adapter's own kernels, see ``kernels.lora``. They are thin and wait for memory, so what counts
+    is how many bytes are on their way: several programs share a multiprocessor, each a few stages deep.
+
+    low_rank: at most block_n columns of R, block_k of the summed dimension a step; ``rows`` rows a program.
+    factor_grads: at most block_n columns of R and block_k of the factor's other dimension; grad_rows are summed a step.
+    """
+
+    rows: int
+    low_rank: Tile
+    grad_rows: int
+    factor_grads: Tile
+
+
+def choose_narrow(
+    rows: int, experts: int, columns: int, dropout: bool, dtype: torch.dtype, device: torch.device
+) -> Narrow:
+    """The tiles for R = ``columns`` and ``rows`` sorted rows of ``experts`` experts.
+
+    Two limits are Triton's: from 64 rows on, a left operand may be overwritten in registers while it is multiplied
+    (triton-lang/triton#9433). With dropout, low_rank's is in registers; with routing weights, that of factor_grads,
+    whose rows are the columns of R.
+    """
+    few = rows <= 16 * experts
+    large = _card(device)[1] >= 200 * 1024
+    if dtype == torch.float32:
+        low_rank, factor_grads = Tile(32, 32, 4, 2), Tile(32, 64, 4, 2)
+    else:
+        low_rank, factor_grads = Tile(64, 128, 4, 4), Tile(32, 128, 4, 3)
+    low_rank = replace(low_rank, block_n=min(low_rank.block_n, _padded(columns)))
+    height = 32 if dropout else 64
+    stage = low_rank.block_k * (height * dtype.itemsize + low_rank.block_n * 4)  # 4: factors may be fp32
+    low_rank = replace(low_rank, num_stages=min(low_rank.num_stages, _SMALL // stage))
+    return Narrow(height, low_rank, 16 if few else 64 if large else 32, factor_grads)
 
 
 def choose(rows: int, experts: int, dtype: torch.dtype, device: torch.device) -> Tiling:
@@ -126,7 +164,7 @@ def _tuned(card: str) -> Dict[int, Tiling]:
 def _card(device: torch.device) -> Tuple[str, int]:
     """Name and bytes of shared memory a program may use; a CPU (Triton's interpreter) counts as a small card."""
     if device.type != "cuda":
-        return "cpu", 99 * 1024
+        return "cpu", _SMALL
     properties = torch.cuda.get_device_properties(device)
     return properties.name, properties.shared_memory_per_block_optin
 

@@ -25,7 +25,7 @@ def launchers(kernel) -> SimpleNamespace:
     files = {"routing": ("routing", "tile_table"), "linear": ("linear",), "weight_grad": ("weight_grad",)}
     files |= {"combine": ("combine", "combine_backward"), "experts": ("experts_forward", "experts_backward")}
     modules = {file: importlib.import_module(f"{kernel.__name__}.kernels.{file}") for file in files}
-    files |= {"projection": ("Gradients", "Projection")}
+    files |= {"projection": ("Gradients", "Lora", "Projection")}
     modules["projection"] = importlib.import_module(f"{kernel.__name__}.projection")
     return SimpleNamespace(**{name: getattr(modules[file], name) for file, names in files.items() for name in names})
 

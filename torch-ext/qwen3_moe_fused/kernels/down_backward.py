@@ -20,6 +20,7 @@ import triton.language as tl
 from ..tiling import Tile, cdiv
 from .activation import activate_with_slope
 from .launch import launch
+from .lora import Addition, add_low_rank, addition_operand
 from .product import accumulate, clamp, weight_operand
 
 Tensor = torch.Tensor
@@ -49,19 +50,22 @@ def _through_activation(
 
 @triton.jit
 def _down_backward_tile(
-    grad, w, w_desc, pre_activation, weights, order, grad_pre_activation, weighted, parts,
+    grad, w, w_desc, addition, pre_activation, weights, order, grad_pre_activation, weighted, parts,
     expert, first, end, col, block, slots, stride_gm, stride_gk, stride_we, stride_wn, stride_wk,
     stride_wt, stride_wj,
-    I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
+    I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, LORA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, W_ROWS: tl.constexpr,
 ):  # fmt: skip
     row = first + tl.arange(0, BLOCK_M)
-    slot = tl.load(order + tl.minimum(row, end - 1))
+    valid = tl.minimum(row, end - 1)
+    slot = tl.load(order + valid)
     token = slot // TOP_K
+    clamped = clamp(col + tl.arange(0, BLOCK_N), I, BLOCK_N)
     g = accumulate(
-        grad, w, w_desc, token, clamp(col + tl.arange(0, BLOCK_N), I, BLOCK_N), expert, col, H,
+        grad, w, w_desc, token, clamped, expert, col, H,
         stride_gm, stride_gk, stride_we, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, 1,
     )  # fmt: skip
+    g = add_low_rank(g, addition, valid, slot, clamped, expert, I, LORA)
     weight = tl.load(weights + token * stride_wt + slot % TOP_K * stride_wj).to(tl.float32)[:, None]
     if BLOCK_N >= 128:  # piece by piece: all at once, gate, up and their gradients would not fit in registers
         left, right = tl.split(tl.permute(tl.reshape(g, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
@@ -83,19 +87,20 @@ def _down_backward_tile(
 @triton.jit(do_not_specialize=["slots"])
 def _down_backward_kernel(
     # pointers
-    grad, w, w_desc, pre_activation, weights, order, tiles, grad_pre_activation, weighted, parts,
+    grad, w, w_desc, addition, pre_activation, weights, order, tiles, grad_pre_activation, weighted, parts,
     # sizes
     slots, I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
     # strides
     stride_gm, stride_gk, stride_we, stride_wn, stride_wk, stride_wt, stride_wj,
     # meta
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, W_ROWS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    LORA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    W_ROWS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles * cdiv(I, BLOCK_N),): one tile of rows, BLOCK_N columns of the intermediate size.
 
     grad (T, H), w (E, I, H) as a view of down_proj, pre_activation and grad_pre_activation (S, 2I), weights (T, k),
-    weighted (S, I) or None: weight * act(gate) * up, which the gradient of down_proj needs; parts (blocks, S) fp32.
+    weighted (S, I) or None: weight * act(gate) * up, which the gradients of down_proj and of its adapter's A need;
+    parts (blocks, S) fp32; addition and LORA as in lora.
     """
     blocks: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     tile = tiles + tl.program_id(0) // blocks * 3
@@ -108,15 +113,16 @@ def _down_backward_kernel(
     if SPLIT:
         if end - first <= BLOCK_M // 2:
             _down_backward_tile(
-                grad, w, w_desc, pre_activation, weights, order, grad_pre_activation, weighted, parts,
+                grad, w, w_desc, addition, pre_activation, weights, order, grad_pre_activation, weighted, parts,
                 expert, first, end, block * BLOCK_N, block, slots, stride_gm, stride_gk, stride_we, stride_wn,
-                stride_wk, stride_wt, stride_wj, I, H, TOP_K, ACTIVATION, BLOCK_M // 2, BLOCK_N, BLOCK_K, W_ROWS,
+                stride_wk, stride_wt, stride_wj, I, H, TOP_K, ACTIVATION, LORA, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+                W_ROWS,
             )  # fmt: skip
             return
     _down_backward_tile(
-        grad, w, w_desc, pre_activation, weights, order, grad_pre_activation, weighted, parts,
+        grad, w, w_desc, addition, pre_activation, weights, order, grad_pre_activation, weighted, parts,
         expert, first, end, block * BLOCK_N, block, slots, stride_gm, stride_gk, stride_we, stride_wn,
-        stride_wk, stride_wt, stride_wj, I, H, TOP_K, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS,
+        stride_wk, stride_wt, stride_wj, I, H, TOP_K, ACTIVATION, LORA, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS,
     )  # fmt: skip
 
 
@@ -131,6 +137,7 @@ def down_backward(
     block_m: int,
     tile: Tile,
     weighted: Optional[Tensor],
+    addition: Optional[Addition] = None,
 ):
     """grad of pre_activation (S, 2I) and ``parts`` (blocks, S), whose sum is the gradient of top_k_weights.
 
@@ -140,12 +147,13 @@ def down_backward(
     blocks = cdiv(width, tile.block_n)
     grad_pre_activation = torch.empty_like(pre_activation)
     parts = torch.empty(blocks, order.numel(), dtype=torch.float32, device=order.device)
+    low_rank, meta = addition_operand(addition)
     operand = weight_operand(down_proj.transpose(1, 2), block_m, tile)
     launch(
         _down_backward_kernel, (tiles.shape[0] * blocks,), tile.num_warps, tile.num_stages,
-        grad_output, operand.data, operand.descriptor, pre_activation, top_k_weights, order, tiles,
+        grad_output, operand.data, operand.descriptor, low_rank, pre_activation, top_k_weights, order, tiles,
         grad_pre_activation, weighted, parts, order.numel(), width, hidden, top_k_weights.shape[1], activation,
         *grad_output.stride(), *operand.strides, *top_k_weights.stride(),
-        block_m, tile.block_n, tile.block_k, operand.w_rows, block_m >= 128,
+        meta, block_m, tile.block_n, tile.block_k, operand.w_rows, block_m >= 128,
     )  # fmt: skip
     return grad_pre_activation, parts

@@ -13,6 +13,7 @@ import triton.language as tl
 from ..tiling import Tile, cdiv
 from .activation import activate
 from .launch import launch
+from .lora import Addition, add_low_rank, addition_operand
 from .product import accumulate, weight_operand
 
 Tensor = torch.Tensor
@@ -20,19 +21,21 @@ Tensor = torch.Tensor
 
 @triton.jit
 def _gate_up_tile(
-    x, w, w_desc, pre_activation, intermediate, order, expert, first, end, col,
+    x, w, w_desc, addition, pre_activation, intermediate, order, expert, first, end, col,
     stride_xm, stride_xk, stride_we, stride_wn, stride_wk,
     I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LORA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row = first + tl.arange(0, BLOCK_M)
-    token = tl.load(order + tl.minimum(row, end - 1)) // TOP_K
+    valid = tl.minimum(row, end - 1)
+    token = tl.load(order + valid) // TOP_K
     lane = tl.arange(0, 2 * BLOCK_N)
     both = tl.minimum(col + lane % BLOCK_N, I - 1) + lane // BLOCK_N * I
     acc = accumulate(
         x, w, w_desc, token, both, expert, col, H, stride_xm, stride_xk, stride_we, stride_wn, stride_wk,
         BLOCK_M, 2 * BLOCK_N, BLOCK_K, True, 2,
     )  # fmt: skip
+    acc = add_low_rank(acc, addition, valid, valid, both, expert, 2 * I, LORA)
     gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
     cols = (col + tl.arange(0, BLOCK_N))[None, :]
     inside = (row < end)[:, None] & (cols < I)
@@ -48,17 +51,18 @@ def _gate_up_tile(
 @triton.jit
 def _gate_up_kernel(
     # pointers
-    x, w, w_desc, pre_activation, intermediate, order, tiles,
+    x, w, w_desc, addition, pre_activation, intermediate, order, tiles,
     # sizes
     I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
     # strides
     stride_xm, stride_xk, stride_we, stride_wn, stride_wk,
     # meta
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    LORA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles * cdiv(I, BLOCK_N),): one tile of rows, BLOCK_N gate columns and the same up columns.
 
-    x (T, H), w (E, 2I, H), pre_activation (S, 2I) or None, intermediate (S, I), order (S,). SPLIT as in linear.
+    x (T, H), w (E, 2I, H), pre_activation (S, 2I) or None, intermediate (S, I), order (S,). SPLIT as in linear;
+    addition and LORA as in lora.
     """
     blocks: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     tile = tiles + tl.program_id(0) // blocks * 3
@@ -71,13 +75,14 @@ def _gate_up_kernel(
     if SPLIT:
         if end - first <= BLOCK_M // 2:
             _gate_up_tile(
-                x, w, w_desc, pre_activation, intermediate, order, expert, first, end, col, stride_xm, stride_xk,
-                stride_we, stride_wn, stride_wk, I, H, TOP_K, ACTIVATION, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+                x, w, w_desc, addition, pre_activation, intermediate, order, expert, first, end, col, stride_xm,
+                stride_xk, stride_we, stride_wn, stride_wk, I, H, TOP_K, ACTIVATION, LORA, BLOCK_M // 2, BLOCK_N,
+                BLOCK_K,
             )  # fmt: skip
             return
     _gate_up_tile(
-        x, w, w_desc, pre_activation, intermediate, order, expert, first, end, col, stride_xm, stride_xk,
-        stride_we, stride_wn, stride_wk, I, H, TOP_K, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K,
+        x, w, w_desc, addition, pre_activation, intermediate, order, expert, first, end, col, stride_xm, stride_xk,
+        stride_we, stride_wn, stride_wk, I, H, TOP_K, ACTIVATION, LORA, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
 
@@ -91,16 +96,18 @@ def gate_up(
     block_m: int,
     tile: Tile,
     pre_activation: Optional[Tensor],
+    addition: Optional[Addition] = None,
 ) -> Tensor:
     """intermediate (S, I) of hidden_states (T, H) and weight (E, 2I, H); fills pre_activation (S, 2I) if given."""
     width, hidden = weight.shape[1] // 2, weight.shape[2]
     intermediate = hidden_states.new_empty(order.numel(), width)
     operand = weight_operand(weight, block_m, tile, halves=2)
+    low_rank, meta = addition_operand(addition)
     grid = (tiles.shape[0] * cdiv(width, tile.block_n),)
     launch(
         _gate_up_kernel, grid, tile.num_warps, tile.num_stages,
-        hidden_states, operand.data, operand.descriptor, pre_activation, intermediate, order, tiles,
+        hidden_states, operand.data, operand.descriptor, low_rank, pre_activation, intermediate, order, tiles,
         width, hidden, top_k, activation, *hidden_states.stride(), *operand.strides,
-        block_m, tile.block_n, tile.block_k, block_m >= 128,
+        meta, block_m, tile.block_n, tile.block_k, block_m >= 128,
     )  # fmt: skip
     return intermediate

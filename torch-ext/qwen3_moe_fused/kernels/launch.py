@@ -13,7 +13,7 @@ import torch
 import triton
 
 _compiled: Dict[Tuple, Any] = {}
-_CONSTANTS = (int, bool, str, type(None))
+_CONSTANTS = (int, bool, float, str, type(None))
 
 
 def launch(kernel: triton.JITFunction, grid: Tuple[int, ...], num_warps: int, num_stages: int, *args: Any) -> None:
@@ -45,6 +45,8 @@ def _traits(kernel: triton.JITFunction, args: Tuple) -> List:
 def _tensor_trait(arg: Any) -> Tuple:
     if isinstance(arg, torch.Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, tuple):
+        return tuple(part if type(part) in _CONSTANTS else _tensor_trait(part) for part in arg)
     return arg.base.dtype, *arg.block_shape
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..tiling import Tile, cdiv, choose
 from .launch import launch
+from .lora import Addition, add_low_rank, addition_operand
 from .product import accumulate, clamp, weight_operand
 from .routing import tile_table
 
@@ -20,22 +21,24 @@ Tensor = torch.Tensor
 
 @triton.jit
 def _linear_tile(
-    a, w, w_desc, out, scatter, expert, first, end, col,
+    a, w, w_desc, addition, out, scatter, expert, first, end, col,
     stride_am, stride_ak, stride_we, stride_wn, stride_wk,
-    N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    W_ROWS: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, LORA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, W_ROWS: tl.constexpr,
 ):  # fmt: skip
     row = first + tl.arange(0, BLOCK_M)
     cols = col + tl.arange(0, BLOCK_N)
     valid = tl.minimum(row, end - 1)
+    clamped = clamp(cols, N, BLOCK_N)
     acc = accumulate(
-        a, w, w_desc, valid, clamp(cols, N, BLOCK_N), expert, col, K,
+        a, w, w_desc, valid, clamped, expert, col, K,
         stride_am, stride_ak, stride_we, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, 1,
     )  # fmt: skip
     if scatter is not None:
         row_out = tl.load(scatter + valid)
     else:
         row_out = row
+    acc = add_low_rank(acc, addition, valid, row_out, clamped, expert, N, LORA)
     at = out + row_out.to(tl.int64)[:, None] * N + cols[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(row < end)[:, None] & (cols < N)[None, :])
 
@@ -43,19 +46,20 @@ def _linear_tile(
 @triton.jit
 def _linear_kernel(
     # pointers
-    a, w, w_desc, out, scatter, tiles,
+    a, w, w_desc, addition, out, scatter, tiles,
     # sizes
     N: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
     # strides
     stride_am, stride_ak, stride_we, stride_wn, stride_wk,
     # meta
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, W_ROWS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    LORA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    W_ROWS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles * cdiv(N, BLOCK_N),): one tile of rows, BLOCK_N columns.
 
     a (M, K), w (E, N, K), out (M, N); scatter (M,) or None: row i goes to out[scatter[i]]. Tiles of "expert" E get
     zeros. With SPLIT, a tile with at most half its rows computes only half: an expert's last tile seldom is full.
+    addition and LORA as in lora, scatter then tells the slots.
     """
     blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile = tiles + tl.program_id(0) // blocks * 3
@@ -75,27 +79,35 @@ def _linear_kernel(
     if SPLIT:
         if end - first <= BLOCK_M // 2:
             _linear_tile(
-                a, w, w_desc, out, scatter, expert, first, end, col, stride_am, stride_ak, stride_we, stride_wn,
-                stride_wk, N, K, BLOCK_M // 2, BLOCK_N, BLOCK_K, W_ROWS,
+                a, w, w_desc, addition, out, scatter, expert, first, end, col, stride_am, stride_ak, stride_we,
+                stride_wn, stride_wk, N, K, LORA, BLOCK_M // 2, BLOCK_N, BLOCK_K, W_ROWS,
             )  # fmt: skip
             return
     _linear_tile(
-        a, w, w_desc, out, scatter, expert, first, end, col, stride_am, stride_ak, stride_we, stride_wn,
-        stride_wk, N, K, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS,
+        a, w, w_desc, addition, out, scatter, expert, first, end, col, stride_am, stride_ak, stride_we, stride_wn,
+        stride_wk, N, K, LORA, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS,
     )  # fmt: skip
 
 
 def linear_tiles(
-    a: Tensor, weight: Tensor, tiles: Tensor, block_m: int, tile: Tile, out: Tensor, scatter: Optional[Tensor] = None
+    a: Tensor,
+    weight: Tensor,
+    tiles: Tensor,
+    block_m: int,
+    tile: Tile,
+    out: Tensor,
+    scatter: Optional[Tensor] = None,
+    addition: Optional[Addition] = None,
 ) -> Tensor:
     """Fills ``out`` (M, N) with rows of a (M, K) times their expert's matrix; row i to ``out[scatter[i]]`` if given."""
     experts, n, k = weight.shape
     operand = weight_operand(weight, block_m, tile)
+    low_rank, meta = addition_operand(addition)
     grid = (tiles.shape[0] * cdiv(n, tile.block_n),)
     launch(
         _linear_kernel, grid, tile.num_warps, tile.num_stages,
-        a, operand.data, operand.descriptor, out, scatter, tiles, n, k, experts, *a.stride(), *operand.strides,
-        block_m, tile.block_n, tile.block_k, operand.w_rows, block_m >= 128,
+        a, operand.data, operand.descriptor, low_rank, out, scatter, tiles, n, k, experts,
+        *a.stride(), *operand.strides, meta, block_m, tile.block_n, tile.block_k, operand.w_rows, block_m >= 128,
     )  # fmt: skip
     return out
 
