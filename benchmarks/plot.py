@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py benchmarks/results/h200/compare.json
 
-writes time.png, memory.png and ratio.png beside the file.
+writes compare-time.png, compare-memory.png and compare-ratio.png beside the file.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("json", type=Path, help="compare.json of a run")
     path = parser.parse_args(argv).json
     results = json.loads(path.read_text())
-    figure(results, path.parent / "time.png", "ms a call (dashed: in a CUDA graph)", draw_times)
-    figure(results, path.parent / "ratio.png", "time of a call over ours", draw_ratios)
+    figure(results, path.with_name(f"{path.stem}-time.png"), "ms a call (dashed: in a CUDA graph)", draw_times)
+    figure(results, path.with_name(f"{path.stem}-ratio.png"), "time of a call over ours", draw_ratios)
     if any(value(record, "peak_bytes") for record in results["layer"]):
-        figure(results, path.parent / "memory.png", "peak memory of a call, MiB", draw_memory)
+        figure(results, path.with_name(f"{path.stem}-memory.png"), "peak memory of a call, MiB", draw_memory)
 
 
 def figure(results: dict, path: Path, label: str, draw: Draw) -> None:

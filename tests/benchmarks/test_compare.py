@@ -159,7 +159,7 @@ def test_a_run_is_written_reported_and_drawn(kernel_dir, tmp_path, capsys):
     assert "| qwen3-moe-fused, ms a call |" in table
 
     plot.main([str(tmp_path / "compare.json")])
-    for name in ("time.png", "ratio.png"):
+    for name in ("compare-time.png", "compare-ratio.png"):
         assert plot.plt.imread(tmp_path / name).std() > 0.05
 
 

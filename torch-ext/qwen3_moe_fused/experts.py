@@ -294,19 +294,19 @@ def _setup_context(ctx, inputs, output):
 
 def _save(ctx, inputs, saved) -> None:
     ctx.set_materialize_grads(False)
-    ctx.tensors = [isinstance(x, Tensor) for x in inputs]
-    ctx.others = [x for x in inputs if not isinstance(x, Tensor)]
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *saved)
+    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *saved)
 
 
 def _gradients(backward, ctx, grad_output) -> Tuple:
     """``backward`` is the op, or what it stands for."""
     grads = [None] * len(ctx.needs_input_grad)
     if grad_output is not None:
-        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
-        inputs = [next(tensors if is_tensor else others) for is_tensor in ctx.tensors]
+        tensors = ctx.saved_tensors
+        inputs = [tensor if other is None else other for tensor, other in zip(tensors, ctx.others)]
         wanted = [ctx.needs_input_grad[at] for at in DIFFERENTIABLE.values()]
-        for at, asked, grad in zip(DIFFERENTIABLE.values(), wanted, backward(grad_output, *inputs, *tensors, wanted)):
+        computed = backward(grad_output, *inputs, *tensors[len(inputs) :], wanted)
+        for at, asked, grad in zip(DIFFERENTIABLE.values(), wanted, computed):
             grads[at] = grad if asked else None
     return tuple(grads)
 
@@ -319,8 +319,8 @@ _forward.register_autograd(
 class FusedExperts(torch.autograd.Function):
     """The two ops without their way through PyTorch's dispatcher, for calls in which nobody else looks at them.
 
-    That way costs the host more than all launches of a small batch: on an H100 at T=1, of 0.84 ms for forward and
-    backward, 0.26 (and it grows with the square of the number of arguments).
+    That way costs the host more than the launches of a small batch: forward and backward of one token took 1.57 ms
+    through the ops and 0.94 ms here (one H100, one run). PyTorch looks up the op's schema once an argument.
     """
 
     @staticmethod
