@@ -1,0 +1,113 @@
+"""Runs a function on several ranks: processes of their own, joined by gloo, on the CPU.
+
+They are forked from a server that has imported the libraries and done nothing else: a rank starts at once, and with no
+state that another test left.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing import connection, forkserver
+from typing import Any, Optional
+
+import torch
+from torch import distributed
+
+LIBRARIES = ("accelerate", "bitsandbytes", "kernels", "transformers.models.qwen3_moe.modeling_qwen3_moe", "trl", "peft")
+SECONDS = 60
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def start_server() -> None:
+    """Its environment, which every rank gets, has no GPU and one thread."""
+    _CONTEXT.set_forkserver_preload([*LIBRARIES, "transformers.trainer", "torch.distributed.fsdp"])
+    with _environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"):
+        forkserver.ensure_running()
+
+
+def run_on_ranks(function: Callable[..., Any], *arguments: Any, seed: int = 0, world_size: int = 2) -> list[Any]:
+    """What ``function(*arguments)`` returns on each rank, all of which begin with the same random numbers.
+
+    Raises:
+        AssertionError: a rank raised an exception or died, or they took too long; the message has every traceback.
+    """
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{port.getsockname()[1]}"
+    pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
+    processes = [
+        _CONTEXT.Process(target=_rank, args=(ours, rank, world_size, address, seed, function, arguments), daemon=True)
+        for rank, (_, ours) in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    for _, ours in pipes:
+        ours.close()
+    try:
+        return _collect([theirs for theirs, _ in pipes])
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(pipes: list[connection.Connection]) -> list[Any]:
+    """The ranks' results. The first that fails ends the wait: the others may be waiting for it."""
+    results: dict[int, Any] = {}
+    failures: list[str] = []
+    waiting = dict(zip(pipes, range(len(pipes)), strict=True))
+    while waiting and not failures:
+        ready = connection.wait(list(waiting), timeout=SECONDS)
+        if not ready:
+            failures += [f"rank {rank} took more than {SECONDS} seconds" for rank in waiting.values()]
+        for pipe in ready:
+            rank = waiting.pop(pipe)
+            try:
+                results[rank], failure = pipe.recv()
+            except EOFError:
+                failure = "died"
+            failures += [f"rank {rank}: {failure}"] if failure else []
+    assert not failures, "\n".join(failures)
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank(
+    pipe: connection.Connection, rank: int, world_size: int, address: str, seed: int, function: Callable, arguments
+) -> None:
+    host, port = address.split(":")
+    result, failure = None, None
+    with _environment(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR=host,
+        MASTER_PORT=port,
+    ):
+        try:
+            distributed.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
+            torch.manual_seed(seed)
+            result = function(*arguments)
+        except BaseException:
+            failure = traceback.format_exc()
+        sys.stdout.flush()
+        pipe.send((result, failure))
+    if failure is None:
+        distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before: dict[str, Optional[str]] = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    yield
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value

@@ -1,0 +1,47 @@
+"""Data parallelism (DDP): two ranks with half a batch each train as one process does with the whole batch."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.integration.distributed import training
+from tests.integration.models import ExpertsCalls
+
+SHORT = 3
+"""Tokens a rank: at two experts each, at least two of the eight experts get none there."""
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train(source, kind: str, checkpointing: bool, micro_batches: int) -> None:
+    alone, model = training.twins(kind, source)
+    if checkpointing:
+        training.with_checkpointing(model)
+    parallel = DistributedDataParallel(model)
+    for counted in (True, False):  # DDP notices a parameter that got no gradient when the next step begins
+        alone.zero_grad()
+        model.zero_grad()
+        with ExpertsCalls() if counted else nullcontext() as calls:
+            for last in [False] * (micro_batches - 1) + [True]:
+                batch, share = training.batch_and_share(2, SHORT)
+                with nullcontext() if last else parallel.no_sync():
+                    (training.loss(parallel, share) / micro_batches).backward()
+                (training.loss(alone, batch) / micro_batches).backward()
+        if counted:
+            assert calls.backward == 2 * 2 * micro_batches
+        training.assert_all_close(gradients(alone), gradients(model))
+
+
+@pytest.mark.parametrize("kind", training.KINDS)
+@pytest.mark.parametrize(
+    ("checkpointing", "micro_batches"), [(False, 1), (False, 2), (True, 2)], ids=["plain", "no_sync", "checkpointing"]
+)
+def test_gradients_are_those_of_one_process_on_the_joined_batch(
+    on_two_ranks, source, kind, checkpointing, micro_batches
+):
+    on_two_ranks(train, source, kind, checkpointing, micro_batches)

@@ -1,0 +1,70 @@
+"""What is trained on two ranks and, with the same numbers, in one process."""
+
+import copy
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import distributed, nn
+
+from qwen3_moe_integration import kernelize_model
+from tests.integration import lora
+from tests.integration.models import QWEN3, RATIO, tokens
+from tests.kernel.oracle import assert_close
+
+Tensor = torch.Tensor
+
+ATTENTION = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+KINDS = ("dense", "attention", "experts")
+"""All weights; adapters of attention; adapters of attention and of every expert."""
+
+
+def small_model(kind: str, source) -> nn.Module:
+    model = kernelize_model(QWEN3.build(), kernel=source)
+    if kind == "attention":
+        model = get_peft_model(model, ATTENTION)
+    elif kind == "experts":
+        model = lora.with_adapters(model, lora.config())
+    return model.train()
+
+
+def with_checkpointing(model: nn.Module) -> nn.Module:
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def batch_and_share(rows: int = 2, length: int = 5) -> tuple[Tensor, Tensor]:
+    """A batch, the same on all ranks, and this rank's rows of it."""
+    batch = tokens(rows, length)
+    return batch, batch.chunk(distributed.get_world_size())[distributed.get_rank()]
+
+
+def loss(model: nn.Module, input_ids: Tensor) -> Tensor:
+    return model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+
+
+def step(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """One step of training; returns the loss, averaged over the ranks if the model is sharded over them."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    value = loss(model, input_ids)
+    value.backward()
+    optimizer.step()
+    return value.detach()
+
+
+def average(value: Tensor) -> Tensor:
+    total = value.clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()
+
+
+def assert_all_close(want: dict[str, Tensor], got: dict[str, Tensor], ratio: float = RATIO) -> None:
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert_close(name, tensor, got[name], ratio)
+
+
+def twins(kind: str, source) -> tuple[nn.Module, nn.Module]:
+    """Two models with the same weights: one to train alone, one to train with the other ranks."""
+    model = small_model(kind, source)
+    return copy.deepcopy(model), model
