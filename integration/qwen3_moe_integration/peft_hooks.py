@@ -10,7 +10,7 @@ from peft.tuners.lora import model as peft_model
 from torch import nn
 from transformers.utils import logging
 
-from . import lora
+from . import lora, lora_four_bit
 
 logger = logging.get_logger(__name__)
 
@@ -28,8 +28,9 @@ def dispatch(
 ) -> Optional[nn.Module]:
     """The last of PEFT's dispatchers: given a module or one parameter of it, the layer that adapts it."""
     experts = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-    if lora.has_experts(experts, parameter_name):
-        return lora.ParamWrapper(target, adapter_name, parameter_name, config, **kwargs)
+    for kind in (lora_four_bit, lora):
+        if kind.has_experts(experts, parameter_name):
+            return kind.ParamWrapper(target, adapter_name, parameter_name, config, **kwargs)
     return _dispatch(target, adapter_name, config=config, parameter_name=parameter_name, **kwargs)
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import islice
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
@@ -152,14 +152,14 @@ def join_stacks(name: str, projections: Sequence[Sequence[Params4bit]], shape: S
     return _parameter(name, packed, state, parts[0].quant_storage)
 
 
-def decode(parameter: Params4bit) -> Tensor:
-    """What is packed, in the shape and dtype of its ``quant_state``.
+def decode(parameter: Params4bit, dtype: Optional[torch.dtype] = None) -> Tensor:
+    """What is packed, in the shape of its ``quant_state``, and by default in its dtype.
 
     Decoded as one row: where a block does not end with a row, bitsandbytes 0.50 scales the next one wrongly on CPUs
     that have AVX-512.
     """
     state = copy(parameter.quant_state)
-    state.shape = torch.Size((math.prod(state.shape),))
+    state.shape, state.dtype = torch.Size((math.prod(state.shape),)), dtype or state.dtype
     return dequantize_4bit(parameter.data, state).view(parameter.quant_state.shape)
 
 
