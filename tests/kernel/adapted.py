@@ -5,7 +5,7 @@ enters the oracle as ``W + scaling * B @ A``, which the kernels never form.
 """
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Optional
@@ -130,3 +130,53 @@ def product(A: Tensor, B: Tensor) -> Tensor:
     """(E, N, K): B @ A, each half of B's rows with its own A if A is twice as high as B is wide."""
     halves = A.shape[1] // B.shape[2]
     return torch.cat([b @ a for a, b in zip(A.chunk(halves, 1), B.chunk(halves, 1))], dim=1)
+
+
+class AdaptedLayer:
+    """A layer's tensors, run by functions with the arguments of ``kernels.experts``; ``types`` holds Gradients, Lora
+    and Projection. So dropout, whose seed the public function draws, can be that of another run or backend."""
+
+    def __init__(
+        self,
+        types: object,
+        problem: Problem,
+        adapter: Adapter,
+        dtype: torch.dtype = torch.float32,
+        dropout: float = 0.0,
+        device: str = "cpu",
+    ):
+        self.types, self.adapter, self.dropout = types, adapter, dropout
+        self.inputs = problem.draw(device, dtype)
+        self.factors = adapter.draw(problem, device, dtype)
+        self.seed = torch.randint(2**31, (1,), device=device) if dropout else None
+
+    def run(self, forward: Callable, backward: Callable) -> dict[str, Tensor]:
+        """The output and all gradients by name."""
+        out, *saved = self.forward(forward)
+        asked = [True, True, False, False, *(name in self.factors for name in FACTORS)]
+        grads = self.backward(backward, saved, self.types.Gradients(*asked))
+        return {"output": out, **{name: grad for name, grad, want in zip(grads._fields, grads, asked) if want}}
+
+    def pairs(self, expected: dict[str, Tensor], forward: Callable, backward: Callable) -> list[tuple]:
+        """(name, expected, what the functions give)."""
+        with poisoned_memory(self.inputs[0].device.type):
+            results = self.run(forward, backward)
+        assert results.keys() == expected.keys()
+        return [(name, expected[name], results[name]) for name in expected]
+
+    def forward(self, function: Callable, save: bool = True) -> tuple[Tensor, ...]:
+        return function(*self._arguments(), self.seed, "silu", save)
+
+    def backward(self, function: Callable, saved: tuple[Tensor, ...], wanted: tuple) -> tuple[Tensor, ...]:
+        return function(self.inputs.grad_output, *self._arguments(), self.seed, tuple(saved), "silu", wanted)
+
+    def _arguments(self):
+        *tokens, gate_up, down, _ = self.inputs
+        return *tokens, self._projection(gate_up, "gate_up"), self._projection(down, "down")
+
+    def _projection(self, weight: Tensor, name: str):
+        if f"{name}_A" not in self.factors:
+            return self.types.Projection(weight)
+        factors = self.factors[f"{name}_A"], self.factors[f"{name}_B"]
+        lora = self.types.Lora(*factors, self.adapter.scaling, self.dropout)
+        return self.types.Projection(weight, lora)

@@ -80,3 +80,22 @@ def test_rows_an_expert_decide_not_rows_alone(tiling):
 def test_a_tile_is_no_wider_than_a_thin_matrix_needs(tiling, n, k, block_n, block_k):
     tile = tiling.Tile(128, 64, 4, 3).fit(n, k)
     assert (tile.block_n, tile.block_k) == (block_n, block_k)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("columns", [1, 16, 40, 512])
+def test_an_adapters_tiles_fit_a_consumer_cards_shared_memory(tiling, columns, dropout, dtype):
+    for rows in (1, 100, 10**6):
+        narrow = tiling.choose_narrow(rows, 8, columns, dropout, dtype, CPU)
+        tile = narrow.low_rank
+        stage = tile.block_k * (narrow.rows * dtype.itemsize + tile.block_n * 4)  # the factors may be fp32
+        assert tile.block_n >= 16 and tile.num_stages >= 1 and stage * tile.num_stages <= 99 * KIB
+        tile = narrow.factor_grads
+        assert narrow.grad_rows * (tile.block_n + tile.block_k) * dtype.itemsize * tile.num_stages <= 99 * KIB
+
+
+def test_a_left_operand_that_stays_in_registers_has_fewer_than_64_rows(tiling):
+    for rows in (1, 10**6):
+        narrow = tiling.choose_narrow(rows, 8, 512, True, torch.bfloat16, CPU)
+        assert narrow.rows < 64 and narrow.factor_grads.block_n < 64

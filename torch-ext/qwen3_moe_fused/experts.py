@@ -21,7 +21,11 @@ What backward keeps is hidden_states, pre_activation and the index tensors: the 
 again than to read back, and no gathered or k-times repeated copy of the tokens is ever kept.
 
 Either weight may be in 4 bit: it is decoded on its way into the product, and has no gradient. Either projection may
-carry an adapter per expert; x A^T is worked out first and kept for backward (R columns), B is added inside the kernel.
+carry an adapter per expert, which adds three launches to it:
+
+    low_rank      x                         -> scaling * x A^T (S, R), kept for backward; B is added in the projection
+    low_rank      grad of its result        -> that of x A^T (S, R); A is added where that of x is computed
+    factor_grads  an expert's rows          -> grad of A and B
 """
 
 from typing import List, Optional, Tuple

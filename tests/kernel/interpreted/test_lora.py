@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .. import strategies
-from ..adapted import FACTORS, Adapter, assert_adapted_experts_agree
+from ..adapted import FACTORS, AdaptedLayer, Adapter, assert_adapted_experts_agree
 from ..oracle import RATIO, assert_close
 from ..poison import poisoned_memory
 from ..problems import Problem
@@ -71,7 +71,7 @@ SPREAD = dict.fromkeys("AB", lambda factor: torch.stack((factor, factor * float(
 @pytest.mark.parametrize("stored", [PEFT, CROSSED, SPREAD], ids=["as PEFT does", "transposed", "every other element"])
 @pytest.mark.parametrize("halves", [1, 2])
 def test_any_strides_give_the_same(launchers, halves, stored):
-    layer = Layer(launchers, SMALL, Adapter(halves=halves))
+    layer = AdaptedLayer(launchers, SMALL, Adapter(halves=halves))
     expected = layer.run(launchers.experts_forward, launchers.experts_backward)
     layer.factors = {name: stored[name[-1]](factor) for name, factor in layer.factors.items()}
     assert not all(factor.is_contiguous() for factor in layer.factors.values())
@@ -81,7 +81,7 @@ def test_any_strides_give_the_same(launchers, halves, stored):
 
 @pytest.mark.parametrize("adapter", [Adapter(halves=2), Adapter(gate_up_rank=20)], ids=repr)
 def test_dropout_is_that_of_the_reference(kernel, launchers, dtype, adapter):
-    layer = Layer(launchers, ODD, adapter, dtype, dropout=0.4)
+    layer = AdaptedLayer(launchers, ODD, adapter, dtype, dropout=0.4)
     reference = kernel.reference
     expected = layer.run(reference.experts_forward, reference.experts_backward)
     for name, want, got in layer.pairs(expected, launchers.experts_forward, launchers.experts_backward):
@@ -106,7 +106,7 @@ def test_the_mask_is_bit_equal_to_the_references(kernel, launchers, seed, dropou
 
 
 def test_backward_computes_only_what_is_asked_for(launchers):
-    layer = Layer(launchers, SMALL, Adapter(dtype=torch.float32), torch.float16)
+    layer = AdaptedLayer(launchers, SMALL, Adapter(dtype=torch.float32), torch.float16)
     _, *saved = layer.forward(launchers.experts_forward)
     for wanted in itertools.product([True, False], repeat=4):
         asked = launchers.Gradients(wanted[0] != wanted[3], True, False, False, *wanted)
@@ -119,7 +119,7 @@ def test_backward_computes_only_what_is_asked_for(launchers):
 
 def test_one_projection_alone_may_have_an_adapter(launchers, kernel):
     for names in (FACTORS[:2], FACTORS[2:]):
-        layer = Layer(launchers, SMALL, Adapter())
+        layer = AdaptedLayer(launchers, SMALL, Adapter())
         layer.factors = {name: factor for name, factor in layer.factors.items() if name in names}
         expected = layer.run(kernel.reference.experts_forward, kernel.reference.experts_backward)
         for name, want, got in layer.pairs(expected, launchers.experts_forward, launchers.experts_backward):
@@ -127,48 +127,7 @@ def test_one_projection_alone_may_have_an_adapter(launchers, kernel):
 
 
 def test_forward_keeps_low_rank_rows_only_to_save_them(launchers):
-    layer = Layer(launchers, SMALL, Adapter(halves=2))
+    layer = AdaptedLayer(launchers, SMALL, Adapter(halves=2))
     out, *_ = layer.forward(launchers.experts_forward)
     again, _, *low_rank, _, _ = layer.forward(launchers.experts_forward, save=False)
     assert torch.equal(out, again) and [tuple(x.shape) for x in low_rank] == [(0, 8), (0, 4)]
-
-
-class Layer:
-    """A layer's tensors, run by a pair of functions with the arguments of the launchers."""
-
-    def __init__(self, launchers, problem, adapter, dtype=torch.float32, dropout=0.0):
-        self.launchers, self.adapter, self.dropout = launchers, adapter, dropout
-        self.inputs = problem.draw("cpu", dtype)
-        self.factors = adapter.draw(problem, "cpu", dtype)
-        self.seed = torch.randint(2**31, (1,)) if dropout else None
-
-    def run(self, forward, backward):
-        """The output and all gradients by name."""
-        out, *saved = self.forward(forward)
-        asked = [True, True, False, False, *(name in self.factors for name in FACTORS)]
-        grads = self.backward(backward, saved, self.launchers.Gradients(*asked))
-        return {"output": out, **{name: grad for name, grad, want in zip(grads._fields, grads, asked) if want}}
-
-    def pairs(self, expected, forward, backward):
-        """(name, expected, what the functions give)."""
-        with poisoned_memory("cpu"):
-            results = self.run(forward, backward)
-        assert results.keys() == expected.keys()
-        return [(name, expected[name], results[name]) for name in expected]
-
-    def forward(self, function, save=True):
-        return function(*self._arguments(), self.seed, "silu", save)
-
-    def backward(self, function, saved, wanted):
-        return function(self.inputs.grad_output, *self._arguments(), self.seed, tuple(saved), "silu", wanted)
-
-    def _arguments(self):
-        *tokens, gate_up, down, _ = self.inputs
-        return *tokens, self._projection(gate_up, "gate_up"), self._projection(down, "down")
-
-    def _projection(self, weight, name):
-        if f"{name}_A" not in self.factors:
-            return self.launchers.Projection(weight)
-        factors = self.factors[f"{name}_A"], self.factors[f"{name}_B"]
-        lora = self.launchers.Lora(*factors, self.adapter.scaling, self.dropout)
-        return self.launchers.Projection(weight, lora)

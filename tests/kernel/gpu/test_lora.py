@@ -1,0 +1,60 @@
+"""Adapters on a CUDA device: real widths, ranks up to 256, dropout, reruns."""
+
+import importlib
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ..adapted import AdaptedLayer, Adapter, assert_adapted_experts_agree
+from ..oracle import RATIO, assert_close
+from .shapes import DEEP, ODD, real
+
+pytestmark = pytest.mark.gpu
+
+BF16, FP32 = torch.bfloat16, torch.float32
+AS_TRAINED = Adapter(gate_up_rank=16, down_rank=16, dtype=FP32)
+
+
+@pytest.fixture(scope="module")
+def launchers(kernel) -> SimpleNamespace:
+    experts, projection = (
+        importlib.import_module(f"{kernel.__name__}.{name}") for name in ("kernels.experts", "projection")
+    )
+    return SimpleNamespace(**{**vars(projection), **vars(experts)})
+
+
+@pytest.mark.parametrize("adapter", [AS_TRAINED, replace(AS_TRAINED, halves=2)], ids=repr)
+@pytest.mark.parametrize("tokens", [16, 300])
+def test_the_real_layer(kernel, tokens, adapter):
+    assert_adapted_experts_agree(kernel, real(tokens), "cuda", BF16, adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [Adapter(1, 256), Adapter(256, 1, halves=2), Adapter(33, 100, dtype=torch.float16), Adapter(64, 128, dtype=FP32)],
+    ids=repr,
+)
+def test_any_rank_where_tiles_are_largest(kernel, adapter):
+    assert_adapted_experts_agree(kernel, DEEP, "cuda", BF16, adapter=adapter)
+
+
+@pytest.mark.parametrize("problem", [ODD, DEEP], ids=repr)
+@pytest.mark.parametrize("adapter", [Adapter(), Adapter(48, 40, halves=2, dtype=FP32)], ids=repr)
+def test_dropout_is_that_of_the_reference(kernel, launchers, problem, adapter):
+    layer = AdaptedLayer(launchers, problem, adapter, BF16, dropout=0.3, device="cuda")
+    expected = layer.run(kernel.reference.experts_forward, kernel.reference.experts_backward)
+    for name, want, got in layer.pairs(expected, launchers.experts_forward, launchers.experts_backward):
+        assert_close(name, want, got, RATIO[BF16])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("tokens", [24, 520])
+def test_forty_reruns_are_bit_identical(launchers, tokens, dropout):
+    adapter = Adapter(64, 64, halves=2, dtype=FP32)
+    layer = AdaptedLayer(launchers, replace(DEEP, T=tokens), adapter, BF16, dropout, "cuda")
+    first = layer.run(launchers.experts_forward, launchers.experts_backward)
+    for _ in range(40):
+        again = layer.run(launchers.experts_forward, launchers.experts_backward)
+        assert all(torch.equal(first[name], again[name]) for name in first)
