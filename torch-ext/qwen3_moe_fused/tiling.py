@@ -66,7 +66,7 @@ _SMALL_SHARED_MEMORY = {  # 99 KB: sm_86, sm_89, sm_120; also the start for sm_8
     32: _tiling(64, (64, 32, 4, 4), (128, 32, 4, 4), (64, 32, 4, 4), 32, (64, 128, 4, 3)),
     128: _tiling(128, (64, 32, 8, 4), (128, 32, 8, 4), (64, 32, 8, 4), 32, (128, 128, 8, 3)),
 }
-_SMALL = 99 * 1024
+_SMALL, _LARGE = 99 * 1024, 200 * 1024
 _FP32 = {  # multiplied in IEEE fp32 by the ordinary units, where large tiles only spill
     1: _tiling(16, (32, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), 16, (32, 64, 4, 2)),
     32: _tiling(32, (32, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), 16, (32, 64, 4, 2)),
@@ -97,17 +97,20 @@ def choose_narrow(
     (triton-lang/triton#9433). With dropout, low_rank's is in registers; with routing weights, that of factor_grads,
     whose rows are the columns of R.
     """
-    few = rows <= 16 * experts
-    large = _card(device)[1] >= 200 * 1024
+    return _choose_narrow(rows <= 16 * experts, columns, dropout, dtype, _card(device)[1])
+
+
+@functools.cache
+def _choose_narrow(few: bool, columns: int, dropout: bool, dtype: torch.dtype, shared_memory: int) -> Narrow:
     if dtype == torch.float32:
         low_rank, factor_grads = Tile(32, 32, 4, 2), Tile(32, 64, 4, 2)
     else:
         low_rank, factor_grads = Tile(64, 128, 4, 4), Tile(32, 128, 4, 3)
     low_rank = replace(low_rank, block_n=min(low_rank.block_n, _padded(columns)))
-    height = 32 if dropout else 64
-    stage = low_rank.block_k * (height * dtype.itemsize + low_rank.block_n * 4)  # 4: factors may be fp32
+    rows = 32 if dropout else 64
+    stage = low_rank.block_k * (rows * dtype.itemsize + low_rank.block_n * 4)  # 4: factors may be fp32
     low_rank = replace(low_rank, num_stages=min(low_rank.num_stages, _SMALL // stage))
-    return Narrow(height, low_rank, 16 if few else 64 if large else 32, factor_grads)
+    return Narrow(rows, low_rank, 16 if few else 64 if shared_memory >= _LARGE else 32, factor_grads)
 
 
 def choose(rows: int, experts: int, dtype: torch.dtype, device: torch.device) -> Tiling:
@@ -121,7 +124,7 @@ def _choose(bucket: int, dtype: torch.dtype, card: str, shared_memory: int) -> T
     if dtype == torch.float32:
         table = _FP32
     else:
-        table = _tuned(card) or (_LARGE_SHARED_MEMORY if shared_memory >= 200 * 1024 else _SMALL_SHARED_MEMORY)
+        table = _tuned(card) or (_LARGE_SHARED_MEMORY if shared_memory >= _LARGE else _SMALL_SHARED_MEMORY)
     tiling = table[max((rows for rows in table if rows <= bucket), default=min(table))]
     return limit(tiling, dtype.itemsize, shared_memory)
 

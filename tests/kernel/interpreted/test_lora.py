@@ -93,14 +93,14 @@ def test_dropout_is_that_of_the_reference(kernel, launchers, dtype, adapter):
 @pytest.mark.parametrize("seed", [0, 2**31 - 1])
 def test_the_mask_is_bit_equal_to_the_references(kernel, launchers, seed, dropout, stream):
     """An adapter of rank H with A = 1 reads the mask of a token of ones out, element by element."""
-    lora = importlib.import_module(f"{kernel.__name__}.kernels.lora")
+    adapters = importlib.import_module(f"{kernel.__name__}.kernels.adapter").adapters
     slots, width = 37, 24
     seed = torch.tensor([seed])
     index = torch.randint(3, (slots, 1))
     order, _, _, tiles = launchers.routing(index, 3, 16)
-    factors = lora.Lora(torch.eye(width).repeat(3, 1, 1), torch.zeros(3, 8, width), 1.0 - dropout, dropout)
+    factors = launchers.Lora(torch.eye(width).repeat(3, 1, 1), torch.zeros(3, 8, width), 1.0 - dropout, dropout)
     pair = [launchers.Projection(torch.empty(3, 8, width), factors if i == stream else None) for i in range(2)]
-    adapter = lora.adapters(*pair, torch.float32, seed, 1, order, tiles, 16)[stream]
+    adapter = adapters(*pair, torch.float32, seed, 1, order, tiles, 16)[stream]
     kept = adapter.forward_addition(torch.ones(slots, width)).low_rank
     assert torch.equal(kept.round().bool(), kernel.reference.keep_mask(order, width, dropout, seed, stream))
 

@@ -7,11 +7,11 @@ import torch
 from ..projection import Gradients, Projection, Weight
 from ..reference import dequantize
 from ..tiling import choose
+from .adapter import adapters
 from .combine import combine, combine_backward
 from .down_backward import down_backward
 from .gate_up import gate_up
 from .linear import linear_tiles
-from .lora import adapters
 from .routing import routing, tile_table
 from .weight_grad import weight_grad_rows
 

@@ -22,9 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..projection import Lora, Projection
-from ..tiling import Narrow, cdiv, choose_narrow
-from .launch import launch
+from ..tiling import next_power_of_2
 from .product import clamp
 
 Tensor = torch.Tensor
@@ -131,18 +129,23 @@ def add_low_rank(acc, addition, rows, slots, cols, expert, N: tl.constexpr, LORA
         return total
 
 
+def drop_bound(dropout: float) -> int:
+    """Hashes below this drop their element."""
+    return int(dropout * 2**32)
+
+
 def addition_operand(addition: Optional[Addition]) -> Tuple[Optional[AdditionPointers], Optional[Tuple]]:
     """``addition`` and LORA as a projection's kernel takes them: rank, halves, columns a step, dropout, its stream."""
     if addition is None:
         return None, None
     low_rank, factor, seed, dropout, stream = addition
-    step = min(64, max(16, triton.next_power_of_2(factor.rank * factor.halves)))
-    meta = (factor.rank, factor.halves, step, _bound(dropout), stream)
+    step = min(64, max(16, next_power_of_2(factor.rank * factor.halves)))
+    meta = (factor.rank, factor.halves, step, drop_bound(dropout), stream)
     return AdditionPointers(*factor.pointers, low_rank, seed), meta
 
 
 @triton.jit
-def _low_rank_kernel(
+def low_rank_kernel(
     # pointers
     a, factor, order, tiles, seed, out,
     # sizes
@@ -238,7 +241,7 @@ def _reduce(
 
 
 @triton.jit
-def _factor_grads_kernel(
+def factor_grads_kernel(
     # pointers
     x, grad, low_rank, grad_low_rank, order, offsets, weights, seed, grad_A, grad_B,
     # sizes
@@ -289,112 +292,21 @@ def _factor_grads_kernel(
         tl.store(at, acc.to(grad_B.dtype.element_ty), mask=(r < RANK)[:, None] & (n < half_n)[None, :])
 
 
-class Adapter(NamedTuple):
-    """The adapter of one projection during a call, and how the call has sorted its rows."""
-
-    lora: Lora
-    stream: int
-    seed: Optional[Tensor]
-    top_k: int
-    order: Tensor
-    tiles: Tensor
-    block_m: int
-    narrow: Narrow
-
-    def forward_addition(self, x: Tensor, by_token: bool = False) -> Addition:
-        """What the projection of x (M, K), or (T, K) by token, gets added."""
-        return Addition(self._low_rank(x, self._factor_a(), by_token, self.lora.dropout), self._factor_b())
-
-    def backward_addition(self, grad: Tensor, by_token: bool = False) -> Addition:
-        """What the gradient of the projection's input gets added, from that of its result (M, N)."""
-        low_rank = self._low_rank(grad, self._factor_b(), by_token)
-        return Addition(low_rank, self._factor_a(), self.seed, self.lora.dropout, self.stream)
-
-    def factor_grads(
-        self,
-        x: Optional[Tensor],
-        grad: Tensor,
-        low_rank: Tensor,
-        grad_low_rank: Tensor,
-        offsets: Tensor,
-        wanted: Tuple[bool, bool],
-        x_by_token: bool = False,
-        weights: Optional[Tensor] = None,
-    ) -> Tuple[Tensor, Tensor]:
-        """The gradients of A and B, of size 0 if not wanted.
-
-        Args:
-            x: the projection's input (M, K), or (T, K) by token; each row times its routing weight if ``weights`` are
-                given; None if only B's is wanted.
-            grad: the gradient of its result (M, N); if ``weights`` (T, k) are given (T, N), before they apply.
-            low_rank, grad_low_rank: (M, R), of the two additions.
-        """
-        (A, B, *_), halves = self.lora, self.lora.halves
-        grad_A, grad_B = (f.new_empty(f.shape) if asked else None for f, asked in zip((A, B), wanted))
-        columns, k, n, rank = A.shape[1], A.shape[2], B.shape[1], B.shape[2]
-        tile, rows = self.narrow.factor_grads.fit(columns, max(k, n)), self.narrow.grad_rows
-        blocks_a = cdiv(columns, tile.block_n) * cdiv(k, tile.block_k) if wanted[0] else 0
-        blocks_b = cdiv(rank, tile.block_n) * cdiv(n // halves, tile.block_k) * halves if wanted[1] else 0
-        strides = (stride for t in (x, grad, weights) for stride in ((0, 0) if t is None else t.stride()))
-        launch(
-            _factor_grads_kernel, (blocks_a + blocks_b, A.shape[0]), tile.num_warps, tile.num_stages,
-            x, grad, low_rank, grad_low_rank, self.order, offsets, weights, self.seed, grad_A, grad_B,
-            k, n, rank, halves, self.top_k, *strides,
-            x_by_token, weights is not None, _bound(self.lora.dropout), self.stream, rows, tile.block_n, tile.block_k,
-        )  # fmt: skip
-        return tuple(f.new_empty(0) if grad is None else grad for f, grad in ((A, grad_A), (B, grad_B)))
-
-    def _low_rank(self, a: Tensor, factor: Factor, by_token: bool, dropout: float = 0.0) -> Tensor:
-        """(M, R): scaling times rows of a times F."""
-        pointers, n, rank, halves = factor
-        columns = rank * halves
-        out = a.new_empty(self.order.numel(), columns)
-        tile, rows = self.narrow.low_rank.fit(columns, n), min(self.block_m, self.narrow.rows)
-        grid = (self.tiles.shape[0] * (self.block_m // rows) * cdiv(columns, tile.block_n),)
-        launch(
-            _low_rank_kernel, grid, tile.num_warps, tile.num_stages,
-            a, pointers, self.order, self.tiles, self.seed, out, self.lora.scaling / (1.0 - dropout),
-            n, rank, halves, self.top_k, *a.stride(), by_token, _bound(dropout), self.stream,
-            self.block_m, rows, tile.block_n, tile.block_k,
-        )  # fmt: skip
-        return out
-
-    def _factor_a(self) -> Factor:
-        _, columns, k = self.lora.A.shape
-        stride_e, stride_r, stride_k = self.lora.A.stride()
-        return Factor(FactorPointers(self.lora.A, stride_e, stride_k, stride_r), k, columns, 1)
-
-    def _factor_b(self) -> Factor:
-        """Stored with experts fastest, as in PEFT, no two elements of an expert share a sector of memory: a copy reads
-        so once, each tile of rows would do it again."""
-        B = self.lora.B
-        if 1 not in B.stride()[1:]:
-            B = B.contiguous()
-        return Factor(FactorPointers(B, *B.stride()), *B.shape[1:], self.lora.halves)
-
-
-def adapters(
-    gate_up: Projection,
-    down: Projection,
-    dtype: torch.dtype,
-    seed: Optional[Tensor],
-    top_k: int,
-    order: Tensor,
-    tiles: Tensor,
-    block_m: int,
-) -> Tuple[Optional[Adapter], Optional[Adapter]]:
-    """Those of both projections, each with a stream of its own for dropout."""
-    found = []
-    for stream, (weight, lora) in enumerate((gate_up, down)):
-        if lora is not None:
-            narrow = choose_narrow(
-                order.numel(), weight.shape[0], lora.A.shape[1], lora.dropout > 0, dtype, order.device
-            )
-            lora = Adapter(lora, stream, seed, top_k, order, tiles, block_m, narrow)
-        found.append(lora)
-    return tuple(found)
-
-
-def _bound(dropout: float) -> int:
-    """Hashes below this drop their element."""
-    return int(dropout * 2**32)
+@triton.jit
+def repack_kernel(
+    # pointers
+    factor, out,
+    # sizes
+    E: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
+    # strides
+    stride_e, stride_n, stride_r,
+    # meta
+    BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(N * RANK, BLOCK), cdiv(E, BLOCK_E)): BLOCK elements of BLOCK_E experts of factor, out (E, N, RANK)."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E).to(tl.int64)
+    inside = (at < N * RANK)[:, None] & (e < E)[None, :]
+    element = (at // RANK).to(tl.int64) * stride_n + (at % RANK).to(tl.int64) * stride_r
+    x = tl.load(factor + element[:, None] + e[None, :] * stride_e, mask=inside)
+    tl.store(out + e[None, :] * (N * RANK) + at[:, None], x.to(out.dtype.element_ty), mask=inside)
