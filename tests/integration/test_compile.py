@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from qwen3_moe_integration import kernelize_model
-from tests.integration.models import QWEN3, assert_same_training, stock_twin, tokens
+from tests.integration.lora import config, pair
+from tests.integration.models import QWEN3, Tiny, assert_same_training, stock_twin, tokens
 from tests.kernel.oracle import assert_close
 
 LENGTHS = (5, 12, 31)
+ONE_LAYER = Tiny("qwen3_moe", {"num_hidden_layers": 1}, moe_layers=1)
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +57,11 @@ def test_experts_that_stay_stock_compile_and_warn_once(registered, warnings):
         input_ids = tokens(length=length)
         assert_close("logits", stock(input_ids).logits, compiled(input_ids=input_ids, use_cache=False).logits, 1e-5)
     assert len(warnings) == 1
+
+
+def test_adapters_of_experts_compile_without_a_graph_break(source):
+    """Two that are active together: their factors are joined in the graph."""
+    model, stock = pair(source, config(), config(r=2), tiny=ONE_LAYER)
+    for each in (model, stock):
+        each.base_model.set_adapter(["first", "second"])
+    assert_same_training(model, stock, torch.compile(model, backend="aot_eager", fullgraph=True))

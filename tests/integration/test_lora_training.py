@@ -1,15 +1,16 @@
-"""Adapters of experts in training loops: checkpointed activations, autocast, k-bit preparation, Trainer."""
+"""Adapters of experts in training: checkpointed activations, autocast, Accelerate's hooks, Trainer."""
 
 import copy
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import get_peft_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from qwen3_moe_integration import kernelize_model
-from tests.integration.lora import config, pair
+from tests.integration.lora import config, pair, with_adapters
 from tests.integration.models import QWEN3, ExpertsCalls, assert_same_training, random_routing, tokens
 from tests.kernel.oracle import assert_close
 
@@ -53,6 +54,19 @@ def test_under_autocast_adapters_are_about_as_far_from_fp32_as_peft_s(source, dt
         assert_close("gradient of A", exact.base_layer.lora_A["first"].weight.grad, grad.double(), 3e-2)
         errors.append((out - want).norm() / want.norm())
     assert 0 < errors[0] <= 1.5 * errors[1]
+
+
+def test_adapters_reach_experts_behind_accelerate_s_hooks(source):
+    """Transformers puts them on every module of a model that it dispatches, and on each in 4 bit."""
+    model = QWEN3.build()
+    stock = with_adapters(copy.deepcopy(model), config())
+    dispatch_model(model, dict.fromkeys(("model", "lm_head"), "cpu"), main_device="cpu", force_hooks=True)
+    assert hasattr(model.model.layers[0].mlp.experts, "_hf_hook")
+    model = with_adapters(kernelize_model(model, kernel=source), config())
+    stock.load_state_dict(model.state_dict())
+    with ExpertsCalls() as calls:
+        assert_same_training(model, stock)
+    assert (calls.forward, calls.backward) == (2, 2)
 
 
 class Text(Dataset):
