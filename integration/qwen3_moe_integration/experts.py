@@ -11,6 +11,7 @@ from typing import Optional
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.utils import logging
 
@@ -28,8 +29,8 @@ def experts_function(kernel: ModuleType) -> Callable:
     """
     layer, stock = kernel.layers.Qwen3MoeExperts, ALL_EXPERTS_FUNCTIONS[STOCK_IMPLEMENTATION]
 
-    def unsupported_reason(experts: nn.Module) -> Optional[str]:
-        return _gate_reason(experts) or kernel.unsupported_reason(experts)
+    def unsupported_reason(experts: nn.Module, call_gathers: bool = False) -> Optional[str]:
+        return _gate_reason(experts) or kernel.unsupported_reason(experts, call_gathers)
 
     def qwen3_moe_fused(
         experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -37,7 +38,7 @@ def experts_function(kernel: ModuleType) -> Callable:
         reason = unsupported_reason(experts)
         if reason is None:
             return layer.forward(experts, hidden_states, top_k_index, top_k_weights)
-        if hasattr(getattr(experts, "gate_up_proj", None), "quant_state"):
+        if hasattr(getattr(experts, "gate_up_proj", None), "quant_state") or getattr(experts, "quant_states", None):
             raise ValueError(f"{type(experts).__name__} is in 4 bit, so it can run on the kernel alone: {reason}")
         _warn_once(
             f"{type(experts).__name__} runs on Transformers' {STOCK_IMPLEMENTATION} instead of "
@@ -56,8 +57,9 @@ def takes_adapters(experts: nn.Module) -> bool:
     kernel = sys.modules.get(getattr(forward, "__module__", "").rpartition(".")[0])
     function = ALL_EXPERTS_FUNCTIONS.get(EXPERTS_IMPLEMENTATION)
     chosen = getattr(getattr(experts, "config", None), "_experts_implementation", None) == EXPERTS_IMPLEMENTATION
-    if not hasattr(kernel, "fused_experts") and chosen and function.unsupported_reason(experts) is None:
-        kernel = function.kernel
+    if not hasattr(kernel, "fused_experts") and chosen:
+        reason = function.unsupported_reason(experts, call_gathers=isinstance(experts, FSDPModule))
+        kernel = function.kernel if reason is None else kernel
     return hasattr(kernel, "Lora")
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from . import lora
 from .quantize.config import MoeBitsAndBytesConfig
-from .quantize.stacks import decode, quantize_stack
+from .quantize.stacks import decode, place_stack, quantize_stack
 
 
 class ParamWrapper(lora.ParamWrapper):
@@ -71,7 +71,7 @@ class ParamWrapper(lora.ParamWrapper):
             experts_blocksize=state.blocksize,
         )
         merged = quantize_stack(self.parameter_name, weight, weight.shape, settings)
-        setattr(self.get_base_layer(), self.parameter_name, merged)
+        place_stack(self.get_base_layer(), self.parameter_name, merged)
 
     def _check_plain(self, experts: nn.Module) -> None:
         raise ValueError(

@@ -74,6 +74,21 @@ def test_an_experts_module_in_4_bit_runs_as_the_dense_one_decoded(kernel, device
     assert_close("output", kernel.fused_experts(*inputs[:3], *dense), ours, RATIO[torch.float32])
 
 
+def test_a_parameter_that_lost_its_state_is_read_with_the_modules(kernel):
+    """As FSDP gathers it: the same bytes in a plain parameter."""
+    inputs = Problem(H=64, I=64).draw("cpu", torch.float32)
+    module = Experts(inputs)
+    stacks = {name: Quantization().quantize(getattr(inputs, name)) for name in ("gate_up_proj", "down_proj")}
+    module.quant_states = {name: stack.quant_state for name, stack in stacks.items()}
+    for name, stack in stacks.items():
+        setattr(module, name, torch.nn.Parameter(stack.data.flatten().view(torch.bfloat16), requires_grad=False))
+    weights = kernel.expert_weights(module)
+    assert kernel.unsupported_reason(module) is None
+    for name, stack in stacks.items():
+        ours, theirs = (kernel.dequantize(x) for x in (getattr(weights, name), kernel.four_bit_weight(stack)))
+        assert torch.equal(ours, theirs)
+
+
 MISTAKES = [
     (dict(packed=lambda x: x[1:]), r"gate_up_proj.packed must be torch.uint8 of shape \(16384,\) .*, got .*16383"),
     (dict(packed=lambda x: x.float()), r"gate_up_proj.packed must be torch.uint8 .*, got torch.float32"),

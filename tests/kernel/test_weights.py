@@ -80,5 +80,23 @@ def test_an_unsupported_module_says_why(kernel, experts, change, reason):
         kernel.expert_weights(experts)
 
 
+def test_weights_that_deepspeed_has_partitioned_are_refused_by_name(kernel, experts):
+    experts.down_proj = nn.Parameter(torch.empty(0))
+    experts.down_proj.ds_id = 7
+    reason = "its down_proj is partitioned by DeepSpeed and not gathered"
+    assert kernel.unsupported_reason(experts) == reason
+    with pytest.raises(ValueError, match=reason):
+        kernel.expert_weights(experts)
+
+
+def test_weights_that_a_call_will_gather_are_taken_for_whole_until_they_are_read(kernel, experts):
+    experts.down_proj.device_mesh = object()
+    reason = r"its down_proj is sharded \(a Parameter\)"
+    assert kernel.unsupported_reason(experts, call_gathers=True) is None
+    assert kernel.unsupported_reason(experts) == reason.replace("\\", "")
+    with pytest.raises(ValueError, match=reason):
+        kernel.expert_weights(experts)
+
+
 def test_a_module_that_is_no_experts_module_says_why(kernel):
     assert "gate_up_proj" in kernel.unsupported_reason(nn.Linear(2, 2))

@@ -16,20 +16,16 @@ from .projection import FourBitWeight, Projection, check_four_bit, unflatten
 Tensor = torch.Tensor
 
 
-def is_four_bit(parameter) -> bool:
-    """Whether a parameter carries bitsandbytes' quantization state."""
-    return getattr(parameter, "quant_state", None) is not None
-
-
-def four_bit_weight(parameter: Tensor) -> FourBitWeight:
+def four_bit_weight(parameter: Tensor, quant_state=None) -> FourBitWeight:
     """The plain tensors of a bitsandbytes ``Params4bit`` that holds a stack (E, N, K).
 
     Nothing is copied, and nothing is checked yet: whoever computes with the weight does.
 
     Args:
-        parameter: has ``quant_state``; its data are the packed weights, in any storage dtype.
+        parameter: its data are the packed weights, in any storage dtype.
+        quant_state: bitsandbytes' description of them; by default that of ``parameter``.
     """
-    state = parameter.quant_state
+    state = parameter.quant_state if quant_state is None else quant_state
     nested = state.state2 if state.nested else None
     return FourBitWeight(
         packed=parameter.detach().reshape(-1).view(torch.uint8),

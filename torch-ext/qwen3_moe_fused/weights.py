@@ -4,16 +4,19 @@ A module qualifies when it has ``gate_up_proj`` and ``down_proj`` as plain 3-D t
 bitsandbytes, no biases and an activation the kernels know. Whatever wraps such a module (PEFT, a sharding hook) keeps
 the right to see the call first, and may leave adapters on the module for the time of the call: ``experts.lora``, a
 dict that has the fields of a ``Lora`` for ``"gate_up_proj"``, ``"down_proj"`` or both.
+
+A sharding engine that gathers parameters hands over plain tensors, which have lost bitsandbytes' ``quant_state``. So
+whoever quantizes leaves it on the module too: ``experts.quant_states``, a dict by projection.
 """
 
 from types import MethodType
-from typing import NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .four_bit import four_bit_weight, is_four_bit
+from .four_bit import four_bit_weight
 from .projection import Lora, Weight
 
 _ACTIVATIONS = {
@@ -46,9 +49,12 @@ def activation_name(act_fn) -> Optional[str]:
     return _ACTIVATIONS.get(type(act_fn).__name__)
 
 
-def unsupported_reason(experts: nn.Module) -> Optional[str]:
-    """Why ``fused_experts`` cannot stand in for this experts module's own forward; None if it can."""
-    return _unsupported_reason(experts, *_projections(experts))
+def unsupported_reason(experts: nn.Module, call_gathers: bool = False) -> Optional[str]:
+    """Why ``fused_experts`` cannot stand in for this experts module's own forward; None if it can.
+
+    With ``call_gathers`` the weights may be sharded now, because a hook gathers them when the module is called.
+    """
+    return _unsupported_reason(experts, *_projections(experts), call_gathers)
 
 
 def expert_weights(experts: nn.Module) -> ExpertWeights:
@@ -61,15 +67,16 @@ def expert_weights(experts: nn.Module) -> ExpertWeights:
     reason = _unsupported_reason(experts, gate_up_proj, down_proj)
     if reason is not None:
         raise ValueError(f"experts: {type(experts).__name__} cannot run as fused_experts: {reason}")
-    weights = (_weight(experts, gate_up_proj), _weight(experts, down_proj))
+    weights = (_weight(experts, "gate_up_proj", gate_up_proj), _weight(experts, "down_proj", down_proj))
     lora = getattr(experts, "lora", {})
     adapters = (Lora(*lora[name]) if name in lora else None for name in ("gate_up_proj", "down_proj"))
     return ExpertWeights(*weights, activation_name(experts.act_fn), *adapters)
 
 
-def _weight(experts: nn.Module, parameter: torch.Tensor) -> Weight:
-    if is_four_bit(parameter):
-        return four_bit_weight(parameter)
+def _weight(experts: nn.Module, name: str, parameter: torch.Tensor) -> Weight:
+    state = _quant_state(experts, name, parameter)
+    if state is not None:
+        return four_bit_weight(parameter, state)
     return parameter.transpose(1, 2) if getattr(experts, "is_transposed", False) else parameter
 
 
@@ -92,7 +99,13 @@ def _projections(experts: nn.Module) -> Tuple[Optional[torch.Tensor], Optional[t
     return getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
 
 
-def _unsupported_reason(experts: nn.Module, gate_up_proj, down_proj) -> Optional[str]:
+def _quant_state(experts: nn.Module, name: str, parameter: Optional[torch.Tensor]) -> Any:
+    """None for a dense projection."""
+    state = getattr(parameter, "quant_state", None)
+    return getattr(experts, "quant_states", {}).get(name) if state is None else state
+
+
+def _unsupported_reason(experts: nn.Module, gate_up_proj, down_proj, call_gathers: bool = False) -> Optional[str]:
     if not getattr(experts, "has_gate", True):
         return "it has no gate"
     if getattr(experts, "has_bias", False):
@@ -102,14 +115,17 @@ def _unsupported_reason(experts: nn.Module, gate_up_proj, down_proj) -> Optional
     if getattr(experts, "has_post_expert_norm", False):
         return "it normalises after each expert"
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        if is_four_bit(weight):
-            if len(weight.quant_state.shape) != 3:
-                return f"its {name} is in 4 bit, but no 3-D stack: {tuple(weight.quant_state.shape)}"
+        if hasattr(weight, "ds_id") and not weight.numel():
+            return f"its {name} is partitioned by DeepSpeed and not gathered"
+        state = _quant_state(experts, name, weight)
+        if state is not None:
+            if len(state.shape) != 3:
+                return f"its {name} is in 4 bit, but no 3-D stack: {tuple(state.shape)}"
             if getattr(experts, "is_transposed", False):
                 return f"its {name} is in 4 bit and stored transposed"
         elif not isinstance(weight, torch.Tensor) or weight.dim() != 3:
             return f"it has no 3-D tensor {name}"
-        if hasattr(weight, "device_mesh"):
+        if hasattr(weight, "device_mesh") and not call_gathers:
             return f"its {name} is sharded (a {type(weight).__name__})"
     act_fn = getattr(experts, "act_fn", None)
     if activation_name(act_fn) is None:

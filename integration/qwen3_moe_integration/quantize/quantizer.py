@@ -19,7 +19,7 @@ from ..kernelize import registered_experts
 from .config import METHOD, MoeBitsAndBytesConfig
 from .conversion import AsItIs, Quantize, QuantizeStack, ReadStack, ReadWeight, _Reader
 from .files import SAVE_ID, check_files, new_save_id
-from .stacks import decode
+from .stacks import decode, place_stack
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
@@ -122,6 +122,9 @@ class MoeBitsAndBytesQuantizer(Bnb4BitHfQuantizer):
         return None if isinstance(converter, _Reader) else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name in self.stacks:
+            module, _, projection = name.rpartition(".")
+            place_stack(model.get_submodule(module), projection, model.get_parameter(name))
         # Transformers, Accelerate and PEFT ask for this before they move or cast a model.
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         return super()._process_model_after_weight_loading(model, **kwargs)
@@ -139,6 +142,7 @@ class MoeBitsAndBytesQuantizer(Bnb4BitHfQuantizer):
         for name in self.stacks:
             weight = decode(model.get_parameter(name))
             _replace(model, name, weight if dtype is None else weight.to(dtype))
+            model.get_submodule(name.rpartition(".")[0]).quant_states = {}
         model._weight_conversions = None  # saved from now on as a model that was never quantized
         return model
 

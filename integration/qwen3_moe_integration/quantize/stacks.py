@@ -17,6 +17,7 @@ from typing import Any, Optional
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
 from bitsandbytes.nn import Params4bit
+from torch import nn
 
 Tensor = torch.Tensor
 
@@ -150,6 +151,15 @@ def join_stacks(name: str, projections: Sequence[Sequence[Params4bit]], shape: S
         dtype=first.dtype,
     )
     return _parameter(name, packed, state, parts[0].quant_storage)
+
+
+def place_stack(module: nn.Module, projection: str, stack: Params4bit) -> None:
+    """Makes a stack one of the two projections of an experts module.
+
+    The module has its state as well: FSDP gathers a parameter as a plain tensor, without one.
+    """
+    setattr(module, projection, stack)
+    module.quant_states = {**getattr(module, "quant_states", {}), projection: stack.quant_state}
 
 
 def decode(parameter: Params4bit, dtype: Optional[torch.dtype] = None) -> Tensor:

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
+
+from tests.integration import quantized
 
 from .ranks import run_on_ranks, start_server
 
@@ -11,6 +14,14 @@ from .ranks import run_on_ranks, start_server
 @pytest.fixture(scope="session")
 def server() -> None:
     start_server()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A model in full precision, as one downloads it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    quantized.checkpoint(folder, **quantized.SIZES)
+    return folder
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ SHORT = 3
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {name: parameter.grad for name, parameter in training.trained(model).items()}
 
 
-def train(source, kind: str, checkpointing: bool, micro_batches: int) -> None:
-    alone, model = training.twins(kind, source)
+def train(source, checkpoint, kind: str, checkpointing: bool, micro_batches: int) -> None:
+    alone, model = training.twins(kind, source, checkpoint)
     if checkpointing:
         training.with_checkpointing(model)
     parallel = DistributedDataParallel(model)
@@ -42,6 +42,6 @@ def train(source, kind: str, checkpointing: bool, micro_batches: int) -> None:
     ("checkpointing", "micro_batches"), [(False, 1), (False, 2), (True, 2)], ids=["plain", "no_sync", "checkpointing"]
 )
 def test_gradients_are_those_of_one_process_on_the_joined_batch(
-    on_two_ranks, source, kind, checkpointing, micro_batches
+    on_two_ranks, source, checkpoint, kind, checkpointing, micro_batches
 ):
-    on_two_ranks(train, source, kind, checkpointing, micro_batches)
+    on_two_ranks(train, source, checkpoint, kind, checkpointing, micro_batches)

@@ -1,24 +1,31 @@
 """What is trained on two ranks and, with the same numbers, in one process."""
 
 import copy
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import distributed, nn
 
-from qwen3_moe_integration import kernelize_model
-from tests.integration import lora
+from qwen3_moe_integration import MoeBitsAndBytesConfig, kernelize_model, register
+from tests.integration import lora, quantized
 from tests.integration.models import QWEN3, RATIO, tokens
 from tests.kernel.oracle import assert_close
 
 Tensor = torch.Tensor
 
 ATTENTION = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
-KINDS = ("dense", "attention", "experts")
-"""All weights; adapters of attention; adapters of attention and of every expert."""
+KINDS = ("dense", "attention", "experts", "4 bit")
+"""Trained: all weights; adapters of attention; adapters of attention and of every expert, over weights in 4 bit too."""
+FOUR_BIT = MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=torch.bfloat16)
 
 
-def small_model(kind: str, source) -> nn.Module:
+def small_model(kind: str, source, checkpoint: Path) -> nn.Module:
+    """``checkpoint`` is what experts in 4 bit are made of."""
+    if kind == "4 bit":
+        register(source)
+        model = quantized.load(checkpoint, FOUR_BIT, dtype=torch.float32)
+        return lora.with_adapters(model, lora.config()).train()
     model = kernelize_model(QWEN3.build(), kernel=source)
     if kind == "attention":
         model = get_peft_model(model, ATTENTION)
@@ -52,6 +59,10 @@ def step(model: nn.Module, input_ids: Tensor) -> Tensor:
     return value.detach()
 
 
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def average(value: Tensor) -> Tensor:
     total = value.clone()
     distributed.all_reduce(total)
@@ -64,7 +75,7 @@ def assert_all_close(want: dict[str, Tensor], got: dict[str, Tensor], ratio: flo
         assert_close(name, tensor, got[name], ratio)
 
 
-def twins(kind: str, source) -> tuple[nn.Module, nn.Module]:
+def twins(kind: str, source, checkpoint: Path) -> tuple[nn.Module, nn.Module]:
     """Two models with the same weights: one to train alone, one to train with the other ranks."""
-    model = small_model(kind, source)
+    model = small_model(kind, source, checkpoint)
     return copy.deepcopy(model), model
