@@ -72,6 +72,8 @@ class Layer:
         self.pre_activation = torch.randn(slots, 2 * width, **options)
         self.intermediate = torch.randn(slots, width, **options)
         self.slots = torch.empty(slots, hidden, **options)
+        self.grad_pre_activation = torch.empty_like(self.pre_activation)
+        self.parts = torch.empty(width, slots, device="cuda")
 
     def route(self, block_m: int) -> None:
         self.block_m = block_m
@@ -80,20 +82,23 @@ class Layer:
     def gate_up(self, tile) -> None:
         self.modules.gate_up.gate_up(
             self.hidden_states, self.gate_up_proj, self.order, self.tiles, self.k, "silu", self.block_m, tile,
-            self.pre_activation,
+            self.pre_activation, self.intermediate,
         )  # fmt: skip
 
     def linear(self, tile) -> None:
         """The down projection and the gradient of hidden_states, which share a tile."""
         launch = self.modules.linear.linear_tiles
         launch(self.intermediate, self.down_proj, self.tiles, self.block_m, tile, self.slots, self.order)
-        weight = self.gate_up_proj.transpose(1, 2)
-        launch(self.pre_activation, weight, self.tiles, self.block_m, tile, self.slots, self.order)
+        launch(
+            self.pre_activation, self.gate_up_proj, self.tiles, self.block_m, tile, self.slots, self.order,
+            transposed=True,
+        )  # fmt: skip
 
     def down_backward(self, tile) -> None:
         self.modules.down_backward.down_backward(
             self.hidden_states, self.down_proj, self.pre_activation, self.weights, self.order, self.tiles, "silu",
-            self.block_m, tile, None,
+            self.block_m, tile, self.grad_pre_activation, self.parts[: -(-self.intermediate.shape[1] // tile.block_n)],
+            None,
         )  # fmt: skip
 
     def weight_grad(self, rows: int, tile) -> None:

@@ -33,9 +33,10 @@ DESCRIPTORS = st.builds(
     st.sampled_from([torch.bfloat16, torch.float16]),
     st.sampled_from([[16, 64], [64, 16], [64, 64]]),
 )
+TUPLES = st.tuples(TENSORS, st.none() | TENSORS)
 ARGUMENTS = st.tuples(
     TENSORS,
-    st.one_of(st.none(), TENSORS, DESCRIPTORS),
+    st.one_of(st.none(), TENSORS, DESCRIPTORS, TUPLES),
     COUNTS,
     INTEGERS,
     st.sampled_from(["silu", "gelu"]),

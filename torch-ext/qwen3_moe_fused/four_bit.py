@@ -70,10 +70,10 @@ def _dequantize(
     numbers: List[int],
     dtype: torch.dtype,
 ) -> Tensor:
+    from .kernels.dequantize import dequantize as launch  # Triton is imported only where it can run
+
     with torch.cuda.device(packed.device):
-        return _on_stack(reference.dequantize)(
-            packed, absmax, code, nested_absmax, nested_code, nested_offset, numbers, dtype
-        )
+        return _on_stack(launch)(packed, absmax, code, nested_absmax, nested_code, nested_offset, numbers, dtype)
 
 
 def _on_stack(function):

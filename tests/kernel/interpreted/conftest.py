@@ -23,6 +23,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 def launchers(kernel) -> SimpleNamespace:
     """The Triton launchers by name, and the types they take."""
     files = {"routing": ("routing", "tile_table"), "linear": ("linear",), "weight_grad": ("weight_grad",)}
+    files |= {"dequantize": ("dequantize", "dequantize_experts")}
     files |= {"combine": ("combine", "combine_backward"), "experts": ("experts_forward", "experts_backward")}
     modules = {file: importlib.import_module(f"{kernel.__name__}.kernels.{file}") for file in files}
     files |= {"projection": ("Gradients", "Lora", "Projection")}
@@ -43,6 +44,8 @@ def triton_kernel(kernel, launchers) -> ModuleType:
     experts = importlib.import_module(f"{kernel.__name__}.experts")
     experts.FORWARD["cpu"] = experts.forward_on(launchers.experts_forward)
     experts.BACKWARD["cpu"] = experts.backward_on(launchers.experts_backward)
+    four_bit = importlib.import_module(f"{kernel.__name__}.four_bit")
+    four_bit._dequantize.register_kernel("cpu")(four_bit._on_stack(launchers.dequantize))
     return kernel
 
 

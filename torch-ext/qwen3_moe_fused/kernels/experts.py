@@ -1,17 +1,21 @@
 """The experts layer as a plan of launches; ``..experts`` describes it, each kernel has a file of its own."""
 
-from typing import Optional, Tuple
+from typing import Iterator, Optional, Tuple
 
 import torch
 
-from ..projection import Gradients, Projection, Weight
-from ..reference import dequantize
-from ..tiling import choose
+from ..projection import FourBitWeight, Gradients, Projection, Weight
+from ..regime import Plan, plan, suits_gemv
+from ..tiling import cdiv, choose
 from .adapter import adapters
 from .combine import combine, combine_backward
+from .dequantize import dequantize_experts
 from .down_backward import down_backward
+from .four_bit_fast import fast_weight, permuted
 from .gate_up import gate_up
+from .gemv import gemv
 from .linear import linear_tiles
+from .product import Stored
 from .routing import routing, tile_table
 from .weight_grad import weight_grad_rows
 
@@ -30,25 +34,34 @@ def experts_forward(
 ) -> Tuple[Tensor, ...]:
     """out (T, H); pre_activation (S, 2I), low_rank_gate_up (S, R) and low_rank_down (S, R), each with no rows unless
     ``save``; order (S,), m_sizes (E,)."""
-    gate_up_proj, down_proj = (_dense(p.weight, hidden_states) for p in (gate_up_projection, down_projection))
+    gate_up_proj, down_proj = gate_up_projection.weight, down_projection.weight
     experts, hidden, width = down_proj.shape
     top_k_index = top_k_index.contiguous()
     slots, k = top_k_index.numel(), top_k_index.shape[1]
-    dtype = hidden_states.dtype
-    tiling = choose(slots, experts, dtype, hidden_states.device)
-    order, m_sizes, _, tiles = routing(top_k_index, experts, tiling.block_m)
+    dtype, device = hidden_states.dtype, hidden_states.device
+    if not save and suits_gemv(slots, gate_up_projection, down_projection, device):
+        return _forward_of_few(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
+    dense = choose(slots, experts, dtype, device)
+    chosen = plan(slots, gate_up_proj, down_proj, dtype, device, dense, backward=False)
+    block_m, permute = chosen.block_m, chosen.permute
+    order, m_sizes, _, tiles = routing(top_k_index, experts, block_m)
 
     pre_activation = hidden_states.new_empty(slots if save else 0, 2 * width)
     saved = pre_activation if save else None
-    tile = tiling.gate_up.fit(width, hidden)
-    block_m = tiling.block_m
     gate_up_adapter, down_adapter = adapters(gate_up_projection, down_projection, dtype, seed, k, order, tiles, block_m)
     added = gate_up_adapter and gate_up_adapter.forward_addition(hidden_states, by_token=True)
-    intermediate = gate_up(hidden_states, gate_up_proj, order, tiles, k, activation, block_m, tile, saved, added)
+    tokens = permuted(hidden_states) if permute else hidden_states
+    intermediate, out_slots = hidden_states.new_empty(slots, width), hidden_states.new_empty(slots, hidden)
+    permute_down = permute and down_adapter is None
+    tile = chosen.first.fit(width, hidden)
+    for weight, expert in _parts(gate_up_proj, chosen, m_sizes, dtype, permute, out_slots):
+        gate_up(
+            tokens, weight, order, tiles, k, activation, block_m, tile, saved, intermediate, added, expert, permute_down
+        )  # fmt: skip
     added_down = down_adapter and down_adapter.forward_addition(intermediate)
-    out_slots = hidden_states.new_empty(slots, hidden)
-    tile = tiling.linear.fit(hidden, width)
-    linear_tiles(intermediate, down_proj, tiles, block_m, tile, out_slots, order, added_down)
+    tile = chosen.second.fit(hidden, width)
+    for weight, expert in _parts(down_proj, chosen, m_sizes, dtype, permute_down):
+        linear_tiles(intermediate, weight, tiles, block_m, tile, out_slots, order, added_down, expert)
     out = combine(out_slots, top_k_weights, top_k_index, experts)
     rows = slots if save else 0
     low_rank = (hidden_states.new_empty(rows, 0) if a is None else a.low_rank[:rows] for a in (added, added_down))
@@ -69,24 +82,30 @@ def experts_backward(
 ) -> Gradients:
     """The gradients that ``wanted`` names; the others have size 0."""
     pre_activation, low_rank_gate_up, low_rank_down, order, m_sizes = saved
-    gate_up_proj, down_proj = (_dense(p.weight, hidden_states) for p in (gate_up_projection, down_projection))
+    gate_up_proj, down_proj = gate_up_projection.weight, down_projection.weight
     experts, hidden, width = down_proj.shape
     top_k_index = top_k_index.contiguous()
     slots, k = top_k_index.numel(), top_k_index.shape[1]
-    dtype = hidden_states.dtype
-    tiling = choose(slots, experts, dtype, hidden_states.device)
-    block_m = tiling.block_m
+    dtype, device = hidden_states.dtype, hidden_states.device
+    dense = choose(slots, experts, dtype, device)
+    chosen = plan(slots, gate_up_proj, down_proj, dtype, device, dense, backward=True)
+    block_m = chosen.block_m
     offsets, tiles = tile_table(m_sizes, slots, block_m, rest=-1)
 
     gate_up_adapter, down_adapter = adapters(gate_up_projection, down_projection, dtype, seed, k, order, tiles, block_m)
     added = down_adapter and down_adapter.backward_addition(grad_output, by_token=True)
     weighted = hidden_states.new_empty(slots, width) if wanted.down_proj or wanted.down_A else None
-    grad_pre_activation, parts = down_backward(
-        grad_output, down_proj, pre_activation, top_k_weights, order, tiles, activation, block_m,
-        tiling.down_backward.fit(width, hidden), weighted, added,
-    )  # fmt: skip
+    tile = chosen.first.fit(width, hidden)
+    grad_pre_activation = torch.empty_like(pre_activation)
+    parts = torch.empty(cdiv(width, tile.block_n), slots, dtype=torch.float32, device=device)
+    grad_slots = hidden_states.new_empty(slots, hidden) if wanted.hidden_states else None
+    for weight, expert in _parts(down_proj, chosen, m_sizes, dtype, spare=grad_slots):
+        down_backward(
+            grad_output, weight, pre_activation, top_k_weights, order, tiles, activation, block_m, tile,
+            grad_pre_activation, parts, weighted, added, expert,
+        )  # fmt: skip
     grads = Gradients(*(hidden_states.new_empty(0) for _ in wanted))
-    step, tile = tiling.weight_grad_block_m, tiling.weight_grad
+    step, tile = dense.weight_grad_block_m, dense.weight_grad
     if wanted.down_proj:
         grad_down_proj = weight_grad_rows(
             grad_output, weighted, offsets, step, tile.fit(hidden, width), order, k, grad_by_token=True
@@ -111,18 +130,65 @@ def experts_backward(
             (wanted.gate_up_A, wanted.gate_up_B), x_by_token=True,
         )  # fmt: skip
         grads = grads._replace(gate_up_A=grad_A, gate_up_B=grad_B)
-    grad_slots = None
     if wanted.hidden_states:
-        grad_slots = hidden_states.new_empty(slots, hidden)
-        tile = tiling.linear.fit(hidden, 2 * width)
-        linear_tiles(
-            grad_pre_activation, gate_up_proj.transpose(1, 2), tiles, block_m, tile, grad_slots, order, added
-        )  # fmt: skip
+        tile = chosen.second.fit(hidden, 2 * width)
+        for weight, expert in _parts(gate_up_proj, chosen, m_sizes, dtype):
+            linear_tiles(
+                grad_pre_activation, weight, tiles, block_m, tile, grad_slots, order, added, expert, transposed=True
+            )  # fmt: skip
     grad_hidden_states, grad_weights = combine_backward(grad_slots, parts, top_k_index, experts, top_k_weights.dtype)
     if wanted.hidden_states:
         grads = grads._replace(hidden_states=grad_hidden_states)
     return grads._replace(top_k_weights=grad_weights)
 
 
-def _dense(weight: Weight, like: Tensor) -> Tensor:
-    return weight if isinstance(weight, Tensor) else dequantize(weight, like.dtype)
+def _forward_of_few(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: FourBitWeight,
+    down_proj: FourBitWeight,
+    activation: str,
+) -> Tuple[Tensor, ...]:
+    """``experts_forward`` without sorting, so order and m_sizes say nothing; only backward would ask for them."""
+    experts, hidden, width = down_proj.shape
+    slots = top_k_index.numel()
+    intermediate = hidden_states.new_empty(slots, width)
+    gemv(hidden_states, gate_up_proj, top_k_index, intermediate, activation)
+    out_slots = hidden_states.new_empty(slots, hidden)
+    gemv(intermediate, down_proj, top_k_index, out_slots)
+    out = combine(out_slots, top_k_weights, top_k_index, experts)
+    unsaved = (hidden_states.new_empty(0, columns) for columns in (2 * width, 0, 0))
+    return out, *unsaved, *(top_k_index.new_empty(size, dtype=torch.int32) for size in (slots, experts))
+
+
+def _parts(
+    weight: Weight,
+    chosen: Plan,
+    m_sizes: Tensor,
+    dtype: torch.dtype,
+    permute: bool = False,
+    spare: Optional[Tensor] = None,
+) -> Iterator[Tuple[Stored, int]]:
+    """``weight`` as the kernels take it, and the number of its first expert.
+
+    To be dequantized, it comes in runs of experts that share one scratch. ``spare`` is memory that nobody has written
+    to yet, which serves as that if it holds more.
+    """
+    if not isinstance(weight, FourBitWeight) or chosen.way == "plain":
+        yield weight, 0
+    elif chosen.way == "fast":
+        yield fast_weight(weight, m_sizes, dtype, permute), 0
+    else:
+        experts, n, k = weight.shape
+        run = max(1, chosen.scratch // (n * k * dtype.itemsize))
+        if spare is not None and spare.numel() // (n * k) > run:
+            run = spare.numel() // (n * k)
+        else:
+            spare = m_sizes.new_empty(min(run, experts) * n * k, dtype=dtype)
+        run = min(run, experts)
+        scratch = spare.view(-1)[: run * n * k].view(run, n, k)
+        for first in range(0, experts, run):
+            decoded = scratch[: experts - first]
+            dequantize_experts(weight, first, decoded, m_sizes)
+            yield decoded, first

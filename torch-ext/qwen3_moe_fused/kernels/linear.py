@@ -13,7 +13,7 @@ import triton.language as tl
 from ..tiling import Tile, cdiv, choose
 from .launch import launch
 from .lora import Addition, add_low_rank, addition_operand
-from .product import accumulate, clamp, weight_operand
+from .product import Stored, accumulate, clamp, operand
 from .routing import tile_table
 
 Tensor = torch.Tensor
@@ -21,18 +21,18 @@ Tensor = torch.Tensor
 
 @triton.jit
 def _linear_tile(
-    a, w, w_desc, addition, out, scatter, expert, first, end, col,
+    a, w, w_desc, addition, out, scatter, expert, first_expert, first, end, col,
     stride_am, stride_ak, stride_we, stride_wn, stride_wk,
     N: tl.constexpr, K: tl.constexpr, LORA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, W_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, W_ROWS: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     row = first + tl.arange(0, BLOCK_M)
     cols = col + tl.arange(0, BLOCK_N)
     valid = tl.minimum(row, end - 1)
     clamped = clamp(cols, N, BLOCK_N)
     acc = accumulate(
-        a, w, w_desc, valid, clamped, expert, col, K,
-        stride_am, stride_ak, stride_we, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, 1,
+        a, w, w_desc, valid, clamped, expert - first_expert, col, N, K,
+        stride_am, stride_ak, stride_we, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, 1, FORMAT,
     )  # fmt: skip
     if scatter is not None:
         row_out = tl.load(scatter + valid)
@@ -43,71 +43,81 @@ def _linear_tile(
     tl.store(at, acc.to(out.dtype.element_ty), mask=(row < end)[:, None] & (cols < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert", "last_expert"])
 def _linear_kernel(
     # pointers
     a, w, w_desc, addition, out, scatter, tiles,
     # sizes
-    N: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+    first_expert, last_expert, N: tl.constexpr, K: tl.constexpr, REST: tl.constexpr,
     # strides
     stride_am, stride_ak, stride_we, stride_wn, stride_wk,
     # meta
     LORA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    W_ROWS: tl.constexpr, SPLIT: tl.constexpr,
+    W_ROWS: tl.constexpr, FORMAT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles * cdiv(N, BLOCK_N),): one tile of rows, BLOCK_N columns.
 
-    a (M, K), w (E, N, K), out (M, N); scatter (M,) or None: row i goes to out[scatter[i]]. Tiles of "expert" E get
-    zeros. With SPLIT, a tile with at most half its rows computes only half: an expert's last tile seldom is full.
+    a (M, K), out (M, N), w (last_expert - first_expert, N, K): tiles of other experts are left out, but those of
+    "expert" REST get zeros. scatter (M,) or None: row i goes to out[scatter[i]]. With SPLIT, a tile with at most half
+    its rows computes only half: an expert's last tile seldom is full.
     addition and LORA as in lora, scatter then tells the slots.
     """
     blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile = tiles + tl.program_id(0) // blocks * 3
     col = tl.program_id(0) % blocks * BLOCK_N
     expert = tl.load(tile)
-    if expert < 0:
-        return
     first = tl.load(tile + 1)
     end = tl.load(tile + 2)
-    if expert == E:
+    if (expert == REST) & (REST >= 0):
         row = first + tl.arange(0, BLOCK_M)
         cols = col + tl.arange(0, BLOCK_N)
         zeros = tl.zeros((BLOCK_M, BLOCK_N), out.dtype.element_ty)
         at = out + row.to(tl.int64)[:, None] * N + cols[None, :]
         tl.store(at, zeros, mask=(row < end)[:, None] & (cols < N)[None, :])
         return
+    if (expert < first_expert) | (expert >= last_expert):
+        return
     if SPLIT:
         if end - first <= BLOCK_M // 2:
             _linear_tile(
-                a, w, w_desc, addition, out, scatter, expert, first, end, col, stride_am, stride_ak, stride_we,
-                stride_wn, stride_wk, N, K, LORA, BLOCK_M // 2, BLOCK_N, BLOCK_K, W_ROWS,
+                a, w, w_desc, addition, out, scatter, expert, first_expert, first, end, col, stride_am, stride_ak,
+                stride_we, stride_wn, stride_wk, N, K, LORA, BLOCK_M // 2, BLOCK_N, BLOCK_K, W_ROWS, FORMAT,
             )  # fmt: skip
             return
     _linear_tile(
-        a, w, w_desc, addition, out, scatter, expert, first, end, col, stride_am, stride_ak, stride_we, stride_wn,
-        stride_wk, N, K, LORA, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS,
+        a, w, w_desc, addition, out, scatter, expert, first_expert, first, end, col, stride_am, stride_ak,
+        stride_we, stride_wn, stride_wk, N, K, LORA, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, FORMAT,
     )  # fmt: skip
 
 
 def linear_tiles(
     a: Tensor,
-    weight: Tensor,
+    weight: Stored,
     tiles: Tensor,
     block_m: int,
     tile: Tile,
     out: Tensor,
     scatter: Optional[Tensor] = None,
     addition: Optional[Addition] = None,
+    first_expert: int = 0,
+    transposed: bool = False,
+    rest: int = -1,
 ) -> Tensor:
-    """Fills ``out`` (M, N) with rows of a (M, K) times their expert's matrix; row i to ``out[scatter[i]]`` if given."""
-    experts, n, k = weight.shape
-    operand = weight_operand(weight, block_m, tile)
+    """Fills ``out`` (M, N) with rows of a (M, K) times their expert's matrix; row i to ``out[scatter[i]]`` if given.
+
+    Args:
+        weight: (experts, N, K), or (experts, K, N) if ``transposed``, of the experts from ``first_expert`` on.
+        rest: the label of tiles that get zeros.
+    """
+    n, k = out.shape[1], a.shape[1]
+    w = operand(weight, block_m, tile, transposed=transposed)
     low_rank, meta = addition_operand(addition)
     grid = (tiles.shape[0] * cdiv(n, tile.block_n),)
     launch(
         _linear_kernel, grid, tile.num_warps, tile.num_stages,
-        a, operand.data, operand.descriptor, low_rank, out, scatter, tiles, n, k, experts,
-        *a.stride(), *operand.strides, meta, block_m, tile.block_n, tile.block_k, operand.w_rows, block_m >= 128,
+        a, w.data, w.descriptor, low_rank, out, scatter, tiles,
+        first_expert, first_expert + weight.shape[0], n, k, rest, *a.stride(), *w.strides,
+        meta, block_m, tile.block_n, tile.block_k, w.w_rows, w.format, w.split,
     )  # fmt: skip
     return out
 
@@ -120,5 +130,5 @@ def linear(input: Tensor, weight: Tensor, m_sizes: Tensor) -> Tensor:
     if out.numel():
         tiling = choose(rows, experts, input.dtype, input.device)
         _, tiles = tile_table(m_sizes, rows, tiling.block_m, rest=experts)
-        linear_tiles(input, weight, tiles, tiling.block_m, tiling.linear.fit(n, k), out)
+        linear_tiles(input, weight, tiles, tiling.block_m, tiling.linear.fit(n, k), out, rest=experts)
     return out

@@ -1,5 +1,9 @@
 """The inner loop all grouped kernels share: rows of a times one expert's matrix, accumulated in fp32.
 
+What a kernel does around this loop does not depend on how the matrix is stored. FORMAT says that: None for a dense
+stack, described here; for a packed one ("plain", blocksize, nested blocksize), described in ``four_bit``, or
+("fast", assembly, bits of a word), in ``four_bit_fast``.
+
 Rows are read through pointers, so they may lie anywhere (``rows`` holds their numbers) and a gather costs nothing
 extra. Weights are read through pointers too or, where the card has a tensor memory accelerator, through a
 descriptor: one thread then moves a whole tile, which frees the registers that addresses would take.
@@ -9,14 +13,17 @@ Only a ragged end of the summed dimension needs zeros.
 """
 
 import functools
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Tuple, Union
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..projection import FourBitWeight
 from ..tiling import Tile
+from .four_bit import FourBitPointers, accumulate_four_bit
+from .four_bit_fast import FastPointers, FastWeight, accumulate_columns, accumulate_rows
 
 Tensor = torch.Tensor
 
@@ -37,17 +44,39 @@ def accumulate(
     # where
     rows, cols, expert, col,
     # sizes
-    K: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr,
     # strides
     stride_am, stride_ak, stride_we, stride_wn, stride_wk,
     # meta
     BLOCK_M: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr, W_ROWS: tl.constexpr, HALVES: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
     """sum_k a[rows, k] * w[expert, cols, k] -> (BLOCK_M, COLS) fp32.
 
-    rows (BLOCK_M,) and cols (COLS,) are valid numbers. With w_desc, cols is HALVES runs that start at ``col`` of
-    each half of w; W_ROWS says whether w lies in memory as (E, N, K) or as (E, K, N).
+    rows (BLOCK_M,) and cols (COLS,) are valid numbers; cols is HALVES runs that start at ``col`` of each half of w's N
+    rows. W_ROWS says whether w lies in memory as (E, N, K) or as (E, K, N).
     """
+    if FORMAT is None:
+        return _accumulate_dense(
+            a, w, w_desc, rows, cols, expert, col, K, stride_am, stride_ak, stride_we, stride_wn, stride_wk,
+            BLOCK_M, COLS, BLOCK_K, W_ROWS, HALVES,
+        )  # fmt: skip
+    elif FORMAT[0] == "plain":
+        return accumulate_four_bit(
+            a, w, rows, cols, expert, col, N, K, stride_am, stride_ak, BLOCK_M, COLS, BLOCK_K, W_ROWS, FORMAT,
+        )  # fmt: skip
+    elif W_ROWS:
+        return accumulate_rows(a, w, rows, cols, expert, N, K, stride_am, stride_ak, BLOCK_M, COLS, BLOCK_K, FORMAT)
+    else:
+        return accumulate_columns(a, w, rows, expert, col, N, K, stride_am, stride_ak, BLOCK_M, COLS, BLOCK_K, FORMAT)
+
+
+@triton.jit
+def _accumulate_dense(
+    a, w, w_desc, rows, cols, expert, col, K: tl.constexpr,
+    stride_am, stride_ak, stride_we, stride_wn, stride_wk,
+    BLOCK_M: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr, W_ROWS: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
     k = tl.arange(0, BLOCK_K)
     a_tile = a + rows.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
     w_tile = w + expert.to(tl.int64) * stride_we + cols.to(tl.int64)[None, :] * stride_wn + k[:, None] * stride_wk
@@ -72,19 +101,33 @@ def accumulate(
     return acc
 
 
-class Weight(NamedTuple):
-    """An expert weight (E, N, K) as the kernels take it: pointer, descriptor or None, strides, layout."""
+class Operand(NamedTuple):
+    """An expert weight (E, N, K) as the kernels take it. ``split`` gives half-empty tiles a path of half the height."""
 
-    data: Tensor
+    data: Union[Tensor, FourBitPointers, FastPointers]
+    format: Optional[Tuple]
     descriptor: Optional[TensorDescriptor]
-    strides: tuple
+    strides: Tuple[int, int, int]
     w_rows: bool
+    split: bool
 
 
-def weight_operand(weight: Tensor, block_m: int, tile: Tile, halves: int = 1) -> Weight:
-    """Chooses how a kernel reads ``weight`` (E, N, K), any strides. With two halves, N holds gate rows, then up rows.
+Stored = Union[Tensor, FourBitWeight, FastWeight]
 
-    A descriptor needs compute capability 9.0, one dimension of stride 1, the others multiples of 16 bytes, and an
+
+def operand(weight: Stored, block_m: int, tile: Tile, halves: int = 1, transposed: bool = False) -> Operand:
+    """Chooses how a kernel reads ``weight`` (E, N, K), any strides, or its transpose. With two halves, N holds gate
+    rows, then up rows."""
+    if isinstance(weight, FourBitWeight):
+        form = ("plain", weight.blocksize, weight.nested_blocksize)
+        return Operand(FourBitPointers(*weight[:6]), form, None, (0, 0, 0), not transposed, False)
+    if isinstance(weight, FastWeight):
+        return Operand(*weight.operand(tile, transposed), None, (0, 0, 0), not transposed, block_m >= 64)
+    return _dense_operand(weight.transpose(1, 2) if transposed else weight, block_m, tile, halves)
+
+
+def _dense_operand(weight: Tensor, block_m: int, tile: Tile, halves: int) -> Operand:
+    """A descriptor needs compute capability 9.0, one dimension of stride 1, the others multiples of 16 bytes, and an
     address that is one too. Anything else goes through pointers, and so do tiles of few rows: there the time is that
     of reading weights either way (measured on an H200), and a descriptor costs the host 50 us a launch.
     """
@@ -99,7 +142,7 @@ def weight_operand(weight: Tensor, block_m: int, tile: Tile, halves: int = 1) ->
             shape, strides[0], block[0] = [experts * 2, rows // 2, cols], rows // 2 * strides[1], 2
         if halves == 1 or stored.stride(0) == rows * stored.stride(1):
             descriptor = TensorDescriptor(stored, shape, strides, block)
-    return Weight(weight, descriptor, weight.stride(), w_rows)
+    return Operand(weight, None, descriptor, weight.stride(), w_rows, block_m >= 128)
 
 
 @functools.cache

@@ -1,0 +1,159 @@
+"""Compiles every kernel of the 4-bit experts layer for cards that are not here, and records what each takes.
+
+The layer runs on empty tensors, with a launcher that compiles instead of launching: what is compiled is what the layer
+would choose on such a card, from one row an expert to thousands. Shared memory must stay below what the card has, or a
+user meets OutOfResources. Needs no GPU.
+
+    python benchmarks/compile_report.py --out benchmarks/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+CARDS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""Compute capability and the KiB of shared memory a program may use."""
+ROWS = (0.0625, 1, 8, 32, 128, 512, 2048)
+"""Rows an expert; the first is one token."""
+
+
+class AbsentCard:
+    """A Triton driver that only answers what the compiler asks."""
+
+    utils = None
+
+    def __init__(self, arch: int):
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+
+class Compiler:
+    """Stands in for ``launch``: compiles each specialization once and keeps its resources."""
+
+    def __init__(self, traits):
+        self.traits, self.records = traits, {}
+
+    def __call__(self, kernel, grid, num_warps, num_stages, *args, fp_fusion=True) -> None:
+        key = (kernel.__name__, num_warps, num_stages, *self.traits(kernel, args))
+        if key not in self.records:
+            options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+            self.records[key] = {
+                "kernel": kernel.__name__.strip("_"),
+                **blocks(kernel, args),
+                "warps": num_warps,
+                "stages": num_stages,
+                **resources(kernel.warmup(*args, grid=grid, **options)),
+            }
+
+
+def blocks(kernel, args) -> dict:
+    """The arguments that say which tile this is."""
+    named = {param.name: arg for param, arg in zip(kernel.params, args)}
+    record = {name: arg for name, arg in named.items() if re.fullmatch(r"BLOCK_[A-Z]|N|K|I|H", name)}
+    if "FORMAT" in named:
+        record["way"] = named["FORMAT"][0] if named["FORMAT"] else "dense"
+    return record
+
+
+def resources(compiled) -> dict:
+    """KiB of shared memory, registers a thread, bytes a thread spills."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+    return {"shared_kib": compiled.metadata.shared / 1024, "registers": registers, "stack_bytes": stack}
+
+
+def compile_layer(name: str, arch: int, shape: argparse.Namespace) -> list[dict]:
+    """The kernels of forward and backward of the kernel package called ``name``, for one card."""
+    driver.set_active(AbsentCard(arch))
+    modules = {
+        file: importlib.import_module(f"{name}.kernels.{file}")
+        for file in ("routing", "combine", "gate_up", "linear", "down_backward", "four_bit_fast", "dequantize", "gemv",
+                     "weight_grad", "product", "experts")
+    }  # fmt: skip
+    regime, tiling, projection = (importlib.import_module(f"{name}.{f}") for f in ("regime", "tiling", "projection"))
+    compiler = Compiler(importlib.import_module(f"{name}.kernels.launch")._traits)
+    for module in modules.values():
+        if hasattr(module, "launch"):
+            module.launch = compiler
+    for module in (regime, modules["dequantize"]):
+        module.has_byte_permute = lambda device: True
+    modules["product"]._has_tma = lambda device: arch >= 90
+    tiling._card = lambda device: (f"sm_{arch}", CARDS[arch] * 1024)
+    gate_up = projection.Projection(packed(projection, shape.experts, 2 * shape.intermediate, shape.hidden))
+    down = projection.Projection(packed(projection, shape.experts, shape.hidden, shape.intermediate))
+    wanted = projection.Gradients(True, True, *[False] * 6)
+    for rows in ROWS:
+        tokens = max(1, int(rows * shape.experts / shape.top_k))
+        x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16)
+        routed = torch.empty(tokens, shape.top_k, dtype=torch.int64), x.new_empty(tokens, shape.top_k)
+        modules["experts"].experts_forward(x, *routed, gate_up, down, None, "silu", False)
+        _, *saved = modules["experts"].experts_forward(x, *routed, gate_up, down, None, "silu", True)
+        modules["experts"].experts_backward(x, x, *routed, gate_up, down, None, tuple(saved), "silu", wanted)
+    return list(compiler.records.values())
+
+
+def packed(projection, experts: int, n: int, k: int):
+    """A double-quantized nf4 stack of whatever memory holds: nothing reads it."""
+    size = experts * n * k
+    absmax, code = torch.empty(size // 64, dtype=torch.uint8), torch.empty(16)
+    nested = torch.empty(size // 64 // 256), torch.empty(256), torch.empty(())
+    data = torch.empty(size // 2, dtype=torch.uint8)
+    return projection.FourBitWeight(data, absmax, code, *nested, (experts, n, k), 64, 256, "nf4", torch.bfloat16)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", type=Path, default=Path("."), help="folder that holds build/")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--arch", type=int, nargs="+", default=list(CARDS), choices=list(CARDS))
+    for name, default in (("hidden", 2048), ("intermediate", 768), ("experts", 128), ("top-k", 8)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    from kernels import get_local_kernel
+
+    name = get_local_kernel(options.kernel.resolve()).__name__
+    cards = {f"sm_{arch}": compile_layer(name, arch, options) for arch in options.arch}
+    options.out.mkdir(parents=True, exist_ok=True)
+    shape = {field: getattr(options, field) for field in ("hidden", "intermediate", "experts", "top_k")}
+    report = {"torch": torch.__version__, "triton": triton.__version__, "shape": shape, "cards": cards}
+    (options.out / "compile_report.json").write_text(json.dumps(report, indent=1) + "\n")
+    for arch, records in zip(options.arch, cards.values()):
+        most = max(records, key=lambda record: record["shared_kib"])
+        print(f"sm_{arch}: {len(records)} kernels, at most {most['shared_kib']:.1f} of {CARDS[arch]} KiB ({most})")
+        if most["shared_kib"] > CARDS[arch]:
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

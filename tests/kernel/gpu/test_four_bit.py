@@ -1,0 +1,82 @@
+"""4-bit experts on a GPU: every way to multiply them, in bf16, against the oracle and against itself."""
+
+import importlib
+
+import pytest
+import torch
+
+from ..adapted import Quantization, assert_adapted_experts_agree, decoded
+from ..problems import Problem
+
+pytestmark = pytest.mark.gpu
+
+WAYS = ["fast", "plain", "dequantize"]
+QUANTIZATIONS = [Quantization(), Quantization("fp4", nested=False, blocksize=128)]
+PROBLEMS = [  # so many rows an expert that each entry of the tables is used
+    Problem(T=7, k=2, E=8, H=256, I=384),
+    Problem(T=33, k=2, E=8, H=384, I=128, imbalance="some_skipped"),
+    Problem(T=120, k=2, E=8, H=256, I=256),
+    Problem(T=700, k=2, E=8, H=256, I=256),
+    Problem(T=2000, k=2, E=8, H=256, I=128, imbalance="one_takes_all"),
+]
+
+
+@pytest.fixture
+def way(kernel, monkeypatch):
+    """Makes the layer take the way called so, whatever its regime would say."""
+    regime = importlib.import_module(f"{kernel.__name__}.regime")
+    monkeypatch.setattr(regime, "GEMV_SLOTS", 0)
+    return lambda name: monkeypatch.setattr(regime, "regime", lambda *_: name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=repr)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=repr)
+@pytest.mark.parametrize("name", WAYS)
+def test_the_layer_and_its_gradients_are_the_oracles(kernel, way, name, problem, quantization, dtype):
+    way(name)
+    assert_adapted_experts_agree(kernel, problem, "cuda", dtype, quantization)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=repr)
+def test_decoded_in_registers_forty_runs_are_one(kernel, way, problem):
+    """A product that is still in flight when the next decode overwrites its registers would show here."""
+    way("fast")
+    inputs = problem.draw("cuda", torch.bfloat16)
+    weights = [kernel.four_bit_weight(Quantization().quantize(w)) for w in (inputs.gate_up_proj, inputs.down_proj)]
+    hidden_states = inputs.hidden_states.requires_grad_()
+
+    def run():
+        out = kernel.fused_experts(hidden_states, *inputs[1:3], *weights)
+        return out, *torch.autograd.grad(out, hidden_states, inputs.grad_output)
+
+    first = run()
+    for _ in range(40):
+        assert all(map(torch.equal, first, run()))
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=repr)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_slots_one_by_one_are_as_good_as_sorted(kernel, quantization, tokens, dtype):
+    problem = Problem(T=tokens, k=4, E=8, H=384, I=256, imbalance="some_skipped" if tokens > 1 else "random")
+    inputs = problem.draw("cuda", dtype)
+    parameters = [quantization.quantize(w) for w in (inputs.gate_up_proj, inputs.down_proj)]
+    with torch.no_grad():
+        out = kernel.fused_experts(*inputs[:3], *map(kernel.four_bit_weight, parameters))
+        ref = kernel.fused_experts(*inputs[:3], *(decoded(p, dtype) for p in parameters))
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(out, ref, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_the_layer_runs_in_a_cuda_graph(kernel, tokens):
+    inputs = Problem(T=tokens, k=2, E=8, H=256, I=256).draw("cuda", torch.bfloat16)
+    weights = [kernel.four_bit_weight(Quantization().quantize(w)) for w in (inputs.gate_up_proj, inputs.down_proj)]
+    with torch.no_grad():
+        expected = kernel.fused_experts(*inputs[:3], *weights)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = kernel.fused_experts(*inputs[:3], *weights)
+        out.zero_()
+        graph.replay()
+    assert torch.equal(out, expected)

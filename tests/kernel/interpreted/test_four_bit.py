@@ -1,0 +1,85 @@
+"""4-bit experts through the Triton kernels: decoded in the products, or first and in parts."""
+
+import importlib
+
+import pytest
+import torch
+
+from ..adapted import Adapter, Quantization, assert_adapted_experts_agree, decoded
+from ..poison import poisoned_memory
+from ..problems import Problem
+
+CASES = [
+    (Problem(T=9, k=3, E=5, H=64, I=64, imbalance="some_skipped"), Quantization()),
+    (Problem(T=20, H=64, I=128, imbalance="one_takes_all"), Quantization("fp4", nested=False)),  # several tiles
+    (Problem(T=3, H=128, I=128), Quantization("fp4", blocksize=128)),
+    (Problem(T=5, H=192, I=64), Quantization(nested=False)),  # columns that fill no whole tile
+    (Problem(T=0, H=64, I=64), Quantization()),
+]
+
+
+@pytest.fixture
+def way(triton_kernel, monkeypatch):
+    """Makes the layer take the way called so, whatever its regime would say."""
+    regime = importlib.import_module(f"{triton_kernel.__name__}.regime")
+    return lambda name: monkeypatch.setattr(regime, "regime", lambda *_: name)
+
+
+@pytest.mark.parametrize(("problem", "quantization"), CASES, ids=repr)
+def test_decoded_in_the_products(triton_kernel, way, problem, quantization, dtype):
+    way("plain")
+    assert_adapted_experts_agree(triton_kernel, problem, "cpu", dtype, quantization)
+
+
+@pytest.mark.parametrize("experts_at_a_time", [1, 2, 5])
+def test_decoded_first_some_experts_at_a_time(triton_kernel, way, monkeypatch, experts_at_a_time):
+    way("dequantize")
+    problem = Problem(T=9, k=3, E=5, H=64, I=64, imbalance="some_skipped")
+    regime = importlib.import_module(f"{triton_kernel.__name__}.regime")
+    monkeypatch.setattr(regime, "LARGE_SCRATCH", experts_at_a_time * 2 * problem.I * problem.H * 4)
+    assert_adapted_experts_agree(triton_kernel, problem, "cpu", torch.float32, Quantization())
+
+
+@pytest.mark.parametrize("name", ["plain", "dequantize"])
+def test_adapters_beside_4_bit_weights(triton_kernel, way, monkeypatch, name):
+    way(name)
+    regime = importlib.import_module(f"{triton_kernel.__name__}.regime")
+    monkeypatch.setattr(regime, "LARGE_SCRATCH", 2 * 64 * 64 * 4 * 2)  # some experts at a time, some adapters
+    problem = Problem(T=9, k=3, E=5, H=64, I=64, imbalance="some_skipped")
+    assert_adapted_experts_agree(triton_kernel, problem, "cpu", torch.float32, Quantization(), Adapter())
+
+
+@pytest.mark.parametrize("problem", [Problem(H=40, I=24), Problem(H=96, I=32)], ids=repr)
+def test_blocks_that_straddle_rows_are_decoded_first(triton_kernel, problem):
+    """By the layer's own choice: no other way can take them."""
+    assert_adapted_experts_agree(triton_kernel, problem, "cpu", torch.float32, Quantization())
+
+
+@pytest.mark.parametrize("quantization", [Quantization(), Quantization("fp4", blocksize=128, nested=False)], ids=repr)
+@pytest.mark.parametrize("stack", [(3, 64, 128), (5, 33, 70), (1, 2, 2)], ids=str)
+def test_dequantize_is_bitsandbytes_bit_for_bit(triton_kernel, quantization, dtype, stack):
+    parameter = quantization.quantize(torch.randn(stack, dtype=dtype))
+    ours = triton_kernel.dequantize(triton_kernel.four_bit_weight(parameter))
+    assert torch.equal(ours, decoded(parameter, dtype))
+
+
+def test_experts_without_rows_are_not_decoded(triton_kernel, launchers):
+    parameter = Quantization().quantize(torch.randn(4, 8, 64))
+    weight = triton_kernel.four_bit_weight(parameter)
+    with poisoned_memory("cpu"):
+        out = torch.empty(3, 8, 64)
+    launchers.dequantize_experts(weight, 1, out, torch.tensor([1, 0, 3, 0], dtype=torch.int32))
+    ref = decoded(parameter, torch.float32)
+    assert torch.equal(out[1], ref[2])
+    assert not torch.isfinite(out[0]).any() and not torch.isfinite(out[2]).any()
+
+
+def test_one_projection_in_4_bit_beside_a_dense_one(triton_kernel, way):
+    way("plain")
+    inputs = Problem(T=7, H=128, I=64).draw("cpu", torch.float32)
+    parameter = Quantization().quantize(inputs.gate_up_proj)
+    outs = [
+        triton_kernel.fused_experts(*inputs[:3], gate_up_proj, inputs.down_proj)
+        for gate_up_proj in (triton_kernel.four_bit_weight(parameter), decoded(parameter, torch.float32))
+    ]
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)

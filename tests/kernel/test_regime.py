@@ -1,0 +1,82 @@
+"""The choice among the ways to multiply 4-bit experts."""
+
+import importlib
+
+import pytest
+import torch
+
+from .adapted import Quantization
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(params=[False, True], ids=["any card", "byte permute"])
+def byte_permute(request) -> bool:
+    return request.param
+
+
+@pytest.fixture
+def regime(kernel, monkeypatch, byte_permute):
+    module = importlib.import_module(f"{kernel.__name__}.regime")
+    monkeypatch.setattr(module, "has_byte_permute", lambda device: byte_permute)
+    return module
+
+
+def stack(kernel, *shape, **quantization):
+    return kernel.four_bit_weight(Quantization(**quantization).quantize(torch.randn(shape)))
+
+
+def test_dense_weights_have_no_regime(regime):
+    assert regime.regime(8, (torch.empty(2, 4, 4),) * 2, torch.bfloat16, CPU) == "dense"
+
+
+def test_many_rows_are_worth_decoding_for(kernel, regime, byte_permute):
+    weights = (stack(kernel, 2, 256, 128), stack(kernel, 2, 128, 128))
+    few, many = (regime.regime(rows, weights, torch.bfloat16, CPU) for rows in (1, 10**5))
+    assert (few, many) == ("fast" if byte_permute else "plain", "dequantize")
+    in_fp32 = regime.regime(1, weights, torch.float32, CPU)
+    assert in_fp32 == ("dequantize" if byte_permute else "plain"), "the fast way multiplies 16-bit numbers"
+
+
+@pytest.mark.parametrize("quantization", [dict(blocksize=256), dict(blocksize=4096)], ids=str)
+def test_blocks_that_straddle_rows_are_decoded_first(kernel, regime, quantization):
+    weights = (stack(kernel, 2, 256, 128, **quantization), torch.empty(2, 128, 128))
+    assert regime.regime(1, weights, torch.bfloat16, CPU) == "dequantize"
+
+
+def test_sizes_of_no_whole_tile_take_a_slower_way(kernel, regime, byte_permute):
+    slower = "dequantize" if byte_permute else "plain"
+    assert regime.regime(1, (stack(kernel, 2, 192, 64),), torch.bfloat16, CPU) == slower
+    assert regime.regime(1, (stack(kernel, 2, 80, 128),), torch.bfloat16, CPU) == "dequantize"
+
+
+def test_only_few_slots_of_4_bit_experts_are_multiplied_one_by_one(kernel, regime, byte_permute):
+    projection = importlib.import_module(f"{kernel.__name__}.projection").Projection
+    packed, dense = projection(stack(kernel, 2, 128, 128)), projection(torch.empty(2, 128, 128))
+    adapted = packed._replace(lora=kernel.Lora(torch.empty(2, 4, 128), torch.empty(2, 128, 4)))
+    assert regime.suits_gemv(8, packed, packed, CPU) == byte_permute
+    assert not regime.suits_gemv(10**4, packed, packed, CPU)
+    assert not regime.suits_gemv(8, packed, dense, CPU)
+    assert not regime.suits_gemv(8, adapted, packed, CPU)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 20, 100, 300])
+@pytest.mark.parametrize("backward", [False, True])
+def test_tiles_divide_what_the_fast_way_cannot_mask(kernel, regime, byte_permute, rows, backward):
+    """The summed dimension; transposed, the columns too; and 64 columns where a permutation is within them."""
+    gate_up, down = stack(kernel, 2, 2 * 384, 640), stack(kernel, 2, 640, 384)
+    plan = regime.plan(2 * rows, gate_up, down, torch.bfloat16, CPU, kernel_tiling(kernel), backward)
+    assert plan.way in ("fast", "plain", "dequantize")
+    if plan.way == "dequantize":
+        return
+    sizes = ((384, 640), (640, 768)) if backward else ((384, 640), (640, 384))
+    for tile, (n, k) in zip((plan.first, plan.second), sizes):
+        assert k % tile.block_k == 0
+        assert not backward or n % tile.block_n == 0
+        assert not plan.permute or tile.block_n % 64 == 0
+    assert plan.permute <= byte_permute
+
+
+def kernel_tiling(kernel):
+    tiling = importlib.import_module(f"{kernel.__name__}.tiling")
+    return tiling.choose(16, 2, torch.bfloat16, CPU)

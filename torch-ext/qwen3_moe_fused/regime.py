@@ -1,0 +1,151 @@
+"""How 4-bit experts are multiplied: which way, and in which tiles.
+
+    plain        decoded tile by tile in mature Triton; any card, any of the formats
+    fast         decoded where NVIDIA's tensor cores read it, see ``kernels.four_bit_fast``
+    dequantize   the experts that have rows are decoded once into scratch memory, then multiplied as dense ones
+
+and a fourth, ``kernels.gemv``, for the few slots of a step of generation. All read an expert's weights at least once,
+so with few rows the first two win by the memory they do not touch, and with many the third, which decodes each weight
+once instead of once a tile of rows.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple, Tuple
+
+import torch
+
+from .projection import FourBitWeight, Projection, Weight
+from .tiling import Tile, Tiling, cdiv
+
+FAST_ROWS = 1200
+"""Rows an expert up to which the fast way beats dequantizing. Forward and backward on an H100, ms: at 768 rows 2.51 and
+2.95 against 2.70 and 3.17, at 1024 3.12 and 3.91 against 3.29 and 4.00, and there the fast way grows faster."""
+
+PLAIN_ROWS = 40
+"""The same for the plain way where dequantizing has no byte permutes either: 1.69 against 2.05 ms at 32 rows, 2.65
+against 2.10 at 64. With them, dequantizing takes a third of that time, and plain lost from one row an expert on."""
+
+PERMUTE_ROWS = 6
+"""Rows an expert from which a permuted copy of the tokens (4 us) costs less than permuting them as they are loaded."""
+
+GEMV_SLOTS = 24
+"""Slots up to which each is multiplied on its own. In a CUDA graph on an H100, ms for 8, 16 and 32 slots: 0.028, 0.047
+and 0.083 against 0.063, 0.068 and 0.078."""
+
+SCRATCH = 64 * 2**20
+LARGE_SCRATCH = 511 * 2**20
+LARGE_SCRATCH_ROWS = 256
+"""Bytes that the weights decoded at a time may take: each part of them ends on a half-empty GPU. Up to so many rows an
+expert the larger makes the layer at least 15 % faster (1.05 against 1.30 ms at 64 rows), at 1024 rows 8 %."""
+
+
+class Plan(NamedTuple):
+    """One direction of the layer: the way its weights go, rows a tile, and the tiles of its two products.
+
+    Forward, first is gate_up and second is down; backward, first is down_backward and second the gradient of
+    hidden_states. ``permute`` has the columns of what they read permuted beforehand, see ``four_bit_fast``;
+    ``scratch`` is how many bytes may be decoded at a time.
+    """
+
+    way: str
+    block_m: int
+    first: Tile
+    second: Tile
+    permute: bool
+    scratch: int
+
+
+def plan(
+    slots: int, gate_up_proj: Weight, down_proj: Weight, dtype: torch.dtype, device: torch.device, dense: Tiling,
+    backward: bool,
+) -> Plan:  # fmt: skip
+    """The plan for ``slots`` rows of all experts together; ``dense`` is the tiling for dense weights."""
+    rows = cdiv(slots, gate_up_proj.shape[0])
+    way = regime(rows, (gate_up_proj, down_proj), dtype, device)
+    if way in ("dense", "dequantize"):
+        first = dense.down_backward if backward else dense.gate_up
+        scratch = LARGE_SCRATCH if rows <= LARGE_SCRATCH_ROWS else SCRATCH
+        return Plan(way, dense.block_m, first, dense.linear, False, scratch)
+    table = _PLAIN if way == "plain" else _FAST_BACKWARD if backward else _FAST
+    block_m, first, second = table[max((least for least in table if least <= rows), default=min(table))]
+    if backward:
+        first, second = _whole(first, down_proj.shape[2]), _whole(second, gate_up_proj.shape[2])
+    both = isinstance(gate_up_proj, FourBitWeight) and isinstance(down_proj, FourBitWeight)
+    permute = way == "fast" and both and not backward and rows >= PERMUTE_ROWS
+    return Plan(way, block_m, first, second, permute, 0)
+
+
+def regime(rows: int, weights: Tuple[Weight, ...], dtype: torch.dtype, device: torch.device) -> str:
+    """ "dense" if no weight is in 4 bit, else the fastest way that can take those that are.
+
+    Args:
+        rows: rows an expert, on average: what a launch can know without waiting for the device.
+        weights: the projections' weights, (E, N, K) each.
+        dtype, device: of the tokens.
+    """
+    packed = [weight for weight in weights if isinstance(weight, FourBitWeight)]
+    if not packed:
+        return "dense"
+    if all(_fits_fast(weight) for weight in packed) and has_byte_permute(device) and dtype != torch.float32:
+        return "fast" if rows <= FAST_ROWS else "dequantize"
+    if all(_fits_plain(weight) for weight in packed) and not has_byte_permute(device) and rows <= PLAIN_ROWS:
+        return "plain"
+    return "dequantize"
+
+
+def suits_gemv(slots: int, gate_up: Projection, down: Projection, device: torch.device) -> bool:
+    """Whether the slots are so few that ``kernels.gemv`` takes them one by one; it knows no adapters."""
+    return (
+        slots <= GEMV_SLOTS
+        and has_byte_permute(device)
+        and all(p.four_bit and p.lora is None and _fits_fast(p.weight) for p in (gate_up, down))
+    )
+
+
+def _whole(tile: Tile, n: int) -> Tile:
+    """The tile narrowed until n columns are whole ones: transposed, a 4-bit matrix has no ragged ones."""
+    while n % tile.block_n:
+        tile = replace(tile, block_n=tile.block_n // 2)
+    return tile
+
+
+def _fits_plain(weight: FourBitWeight) -> bool:
+    """No block straddles two rows, and a tile's 64 columns are in one block or in whole ones."""
+    _, n, k = weight.shape
+    size = weight.blocksize
+    return n % 64 == 0 and k % 64 == 0 and k % size == 0 and size & (size - 1) == 0 and size >= 16
+
+
+def _fits_fast(weight: FourBitWeight) -> bool:
+    """The same for blocks of 64 or more, and whole tiles in both directions."""
+    _, n, k = weight.shape
+    return _fits_plain(weight) and n % 128 == 0 and k % 128 == 0 and weight.blocksize >= 64
+
+
+def has_byte_permute(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+# (rows a tile, first, second) by rows an expert; see ``Tile``. Low tiles wait for weights, so they are deep; higher
+# ones decode as little as registers allow. Shared memory stays below the 99 KB of consumer cards.
+def _entry(block_m: int, first: Tuple, second: Tuple) -> Tuple[int, Tile, Tile]:
+    return block_m, Tile(*first), Tile(*second)
+
+
+_FAST = {
+    1: _entry(16, (64, 128, 4, 4), (128, 128, 4, 4)),
+    6: _entry(32, (64, 128, 4, 3), (128, 128, 4, 3)),
+    12: _entry(64, (64, 64, 4, 4), (128, 64, 4, 4)),
+    96: _entry(128, (64, 64, 4, 4), (128, 64, 4, 4)),
+    384: _entry(128, (64, 64, 4, 3), (128, 64, 4, 3)),
+}
+_FAST_BACKWARD = {
+    1: _entry(16, (256, 64, 4, 4), (256, 64, 4, 4)),
+    4: _entry(32, (256, 64, 4, 3), (256, 64, 4, 3)),
+    12: _entry(64, (256, 64, 4, 3), (256, 64, 4, 3)),
+    96: _entry(128, (128, 64, 4, 3), (128, 64, 4, 4)),
+}
+_PLAIN = {
+    1: _entry(16, (32, 64, 4, 3), (64, 64, 4, 3)),
+    16: _entry(32, (32, 64, 4, 3), (64, 64, 4, 3)),
+}
