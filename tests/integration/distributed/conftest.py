@@ -1,4 +1,4 @@
-"""Two ranks for every test of this folder."""
+"""Ranks to run on, and a checkpoint to load there."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +25,11 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def on_two_ranks(server, seed) -> Callable:
-    """``on_two_ranks(function, *arguments)``: what the function returns on either rank."""
+def on_ranks(server, seed) -> Callable:
+    """``on_ranks(number, function, *arguments)``: what the function returns on each rank."""
     return partial(run_on_ranks, seed=seed)
+
+
+@pytest.fixture
+def on_two_ranks(on_ranks) -> Callable:
+    return partial(on_ranks, 2)

@@ -30,7 +30,7 @@ def start_server() -> None:
         forkserver.ensure_running()
 
 
-def run_on_ranks(function: Callable[..., Any], *arguments: Any, seed: int = 0, world_size: int = 2) -> list[Any]:
+def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, seed: int = 0) -> list[Any]:
     """What ``function(*arguments)`` returns on each rank, all of which begin with the same random numbers.
 
     Raises:
@@ -79,26 +79,32 @@ def _collect(pipes: list[connection.Connection]) -> list[Any]:
 def _rank(
     pipe: connection.Connection, rank: int, world_size: int, address: str, seed: int, function: Callable, arguments
 ) -> None:
-    host, port = address.split(":")
     result, failure = None, None
-    with _environment(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR=host,
-        MASTER_PORT=port,
-    ):
-        try:
-            distributed.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
-            torch.manual_seed(seed)
-            result = function(*arguments)
-        except BaseException:
-            failure = traceback.format_exc()
-        sys.stdout.flush()
-        pipe.send((result, failure))
-    if failure is None:
+    try:
+        if world_size > 1:
+            _join(rank, world_size, address)
+        torch.manual_seed(seed)
+        result = function(*arguments)
+    except BaseException:
+        failure = traceback.format_exc()
+    sys.stdout.flush()
+    pipe.send((result, failure))
+    if failure is None and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def _join(rank: int, world_size: int, address: str) -> None:
+    """As a launcher sets up a process; one on its own has no launcher."""
+    host, port = address.split(":")
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": port,
+    }
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
 
 
 @contextlib.contextmanager

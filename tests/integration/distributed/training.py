@@ -20,16 +20,19 @@ KINDS = ("dense", "attention", "experts", "4 bit")
 FOUR_BIT = MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=torch.bfloat16)
 
 
-def small_model(kind: str, source, checkpoint: Path) -> nn.Module:
-    """``checkpoint`` is what experts in 4 bit are made of."""
+def base_model(kind: str, source, checkpoint: Path) -> nn.Module:
+    """On the kernel; ``checkpoint`` is what experts in 4 bit are made of."""
     if kind == "4 bit":
         register(source)
-        model = quantized.load(checkpoint, FOUR_BIT, dtype=torch.float32)
-        return lora.with_adapters(model, lora.config()).train()
-    model = kernelize_model(QWEN3.build(), kernel=source)
+        return quantized.load(checkpoint, FOUR_BIT, dtype=torch.float32)
+    return kernelize_model(QWEN3.build(), kernel=source)
+
+
+def small_model(kind: str, source, checkpoint: Path) -> nn.Module:
+    model = base_model(kind, source, checkpoint)
     if kind == "attention":
         model = get_peft_model(model, ATTENTION)
-    elif kind == "experts":
+    elif kind in ("experts", "4 bit"):
         model = lora.with_adapters(model, lora.config())
     return model.train()
 
