@@ -24,7 +24,6 @@ CONFIGS = [
         experts_blocksize=256,
     ),
 ]
-MODELS = [QWEN3, Tiny("qwen2_moe", {"shared_expert_intermediate_size": 64}), Tiny("mixtral", {"num_local_experts": 8})]
 
 
 def decoded_twin(model):
@@ -37,9 +36,15 @@ def decoded_twin(model):
     return twin
 
 
-@pytest.mark.compat
-@pytest.mark.parametrize("config", CONFIGS, ids=["nf4 nested", "fp4"])
-@pytest.mark.parametrize("tiny", MODELS, ids=repr)
+CASES = [
+    pytest.param(QWEN3, CONFIGS[0], marks=pytest.mark.compat, id="qwen3_moe"),
+    pytest.param(QWEN3, CONFIGS[1], marks=pytest.mark.compat, id="qwen3_moe, fp4"),
+    pytest.param(Tiny("qwen2_moe", {"shared_expert_intermediate_size": 64}), CONFIGS[0], id="qwen2_moe"),
+    pytest.param(Tiny("mixtral", {"num_local_experts": 8}), CONFIGS[1], id="mixtral, fp4"),
+]
+
+
+@pytest.mark.parametrize(("tiny", "config"), CASES)
 def test_a_4_bit_model_gives_what_its_weights_decoded_give_on_stock_experts(registered, tmp_path, tiny, config):
     checkpoint(tmp_path, tiny, **SIZES | {"intermediate_size": 64})
     model = load(tmp_path, config, dtype=torch.float32)
@@ -96,3 +101,17 @@ def test_experts_in_4_bit_that_the_kernel_cannot_compute_say_so(registered, tmp_
         ValueError, match="Qwen3MoeExperts is in 4 bit, so it can run on the kernel alone: its activation"
     ):
         model(tokens())
+
+
+def test_what_was_evaluated_trains_as_if_it_had_not_been(registered, tmp_path):
+    """bitsandbytes packs a linear layer anew when it evaluates on some CPUs, and then has no gradient for it."""
+    checkpoint(tmp_path, **SIZES)
+    input_ids, grads = tokens(), []
+    for evaluated in (True, False):
+        model = load(tmp_path, MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32), dtype=torch.float32)
+        if evaluated:
+            with torch.no_grad():
+                model.eval()(input_ids)
+        model.train()(input_ids=input_ids, labels=input_ids).loss.backward()
+        grads.append(model.get_input_embeddings().weight.grad)
+    assert torch.equal(*grads)

@@ -75,7 +75,7 @@ class QuantizeStack(_Converter):
         return {layer_name: quantize_stack(layer_name, experts, shape, hf_quantizer.quantization_config)}
 
 
-class _Reader(_Converter):
+class Reader(_Converter):
     """Collects what bitsandbytes saved: packed tensors, and the statistics beside each."""
 
     __slots__ = ()
@@ -115,7 +115,7 @@ class _Reader(_Converter):
         return read
 
 
-class ReadStack(_Reader):
+class ReadStack(Reader):
     """A stack of experts of a checkpoint in 4 bit: as ``save_pretrained`` wrote it, or quantized in parts.
 
     Where the checkpoint has the experts in full precision, as Transformers' own 4-bit checkpoints do, they are
@@ -136,7 +136,7 @@ class ReadStack(_Reader):
         return {layer_name: join_stacks(layer_name, self._read(layer_name), shape)}
 
 
-class ReadWeight(_Reader):
+class ReadWeight(Reader):
     """Any other parameter of a checkpoint in 4 bit.
 
     The weight of a linear layer stays in 4 bit. What the model holds otherwise, as a router that was a linear layer

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any, Optional
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.integrations import replace_with_bnb_linear
@@ -17,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from ..experts import EXPERTS_IMPLEMENTATION
 from ..kernelize import registered_experts
 from .config import METHOD, MoeBitsAndBytesConfig
-from .conversion import AsItIs, Quantize, QuantizeStack, ReadStack, ReadWeight, _Reader
+from .conversion import AsItIs, Quantize, QuantizeStack, Reader, ReadStack, ReadWeight
 from .files import SAVE_ID, check_files, new_save_id
 from .stacks import decode, place_stack
 
@@ -51,6 +52,11 @@ class MoeBitsAndBytesQuantizer(Bnb4BitHfQuantizer):
         self.stacks, self.skipped = self._find_stacks(model)
         linear_skips = [*self.modules_to_not_convert, *_routers(model)]
         replace_with_bnb_linear(model, linear_skips, config, pre_quantized=self.pre_quantized)
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                # Or bitsandbytes packs the weights anew when the layer first evaluates on such a CPU, for a product
+                # that has no gradient: what trains afterwards, trains without what lies behind the layer.
+                module.support_avx512bf16_for_cpu = False
         for module in {name.rpartition(".")[0] for name in self.stacks}:
             model.get_submodule(module).register_state_dict_post_hook(_add_statistics)
         if self.pre_quantized:
@@ -119,7 +125,7 @@ class MoeBitsAndBytesQuantizer(Bnb4BitHfQuantizer):
 
     def get_new_dtype(self, converter: WeightTransform, param: Any, dtype: Optional[torch.dtype]):
         """Packed tensors and statistics stay as they were saved; the converter casts the others."""
-        return None if isinstance(converter, _Reader) else super().get_new_dtype(converter, param, dtype)
+        return None if isinstance(converter, Reader) else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name in self.stacks:
