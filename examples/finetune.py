@@ -4,7 +4,8 @@
     python examples/finetune.py --model Qwen/Qwen3-30B-A3B --dataset notes.jsonl
     python examples/finetune.py --resume                                    goes on from the last checkpoint
 
-A model of yours is trained by LoRA on its attention; the small one, whose weights are random, is trained whole.
+The model is in 4 bit, its experts too, and is trained by LoRA on its attention. With --bits 16 it is loaded as it is,
+and the small one, whose weights are random, is trained whole.
 """
 
 import argparse
@@ -18,10 +19,10 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
+from loading import DEVICE, load_model
 from peft import LoraConfig, get_peft_model
-from tiny_checkpoint import make_checkpoint, texts
+from tiny_checkpoint import small_model, texts
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     Trainer,
     TrainingArguments,
@@ -29,9 +30,7 @@ from transformers import (
     set_seed,
 )
 
-from qwen3_moe_integration import KernelSource, kernelize_model
-
-ON_GPU = torch.cuda.is_available()
+ON_GPU = DEVICE == "cuda"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,6 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text-column", default="text", help="column, or JSONL field, that holds the text")
     parser.add_argument("--output", type=Path, default=Path("outputs/finetune"))
     parser.add_argument("--kernel", type=Path, help="folder of a built kernel (default: version 1 of the Hub's)")
+    parser.add_argument("--bits", type=int, choices=[4, 16], default=4, help="of the weights that are not trained")
     parser.add_argument("--trainer", choices=["trainer", "sft"], default="trainer")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seq-len", type=int, default=128)
@@ -105,42 +105,28 @@ def last_checkpoint(folder: Path) -> Path:
     return steps[max(steps)]
 
 
-def load_model(options: argparse.Namespace, checkpoint: Path | None) -> tuple[torch.nn.Module, AutoTokenizer]:
+def load(options: argparse.Namespace, checkpoint: Path | None) -> tuple[torch.nn.Module, AutoTokenizer]:
     """The model with its experts on the kernel, ready to train; trained whole, with the weights of ``checkpoint``."""
-    path = options.model
-    if path is None:
-        path = options.output / "small-qwen3-moe"
-        if not path.exists():
-            print(f"Model: making a small Qwen3-MoE in {path} (random weights, per-expert shards, own tokenizer).")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            make_checkpoint(path)
-    dtype = torch.bfloat16 if ON_GPU and options.model else torch.float32
+    path = options.model or small_model(options.output)
+    whole = options.bits == 16 and not options.model
+    dtype = torch.float32 if whole or not ON_GPU else torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(path)
     weights = path
-    if checkpoint and not options.model:
+    if checkpoint and whole:
         # The Trainer would pass over the experts: checkpoints hold one matrix an expert, and only from_pretrained
         # stacks them (huggingface/transformers#48805). It still tries, and warns of a key for each.
         weights = checkpoint
         logging.getLogger("transformers.trainer").addFilter(
             lambda record: "checkpoint model loaded" not in str(record.msg)
         )
-    model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, device_map="cuda" if ON_GPU else "cpu")
+    model = load_model(weights, options.bits, dtype, "training", options.kernel)
     model.config.use_cache = False
-    try:
-        kernelize_model(model, "training", KernelSource(path=options.kernel))
-    except (FileNotFoundError, ValueError, OSError) as error:
-        raise SystemExit(
-            f"The kernel could not be put into the model: {error}\n"
-            "Build it with `python scripts/build_kernel.py` and give --kernel . for a local one."
-        ) from error
-    layers = sum(type(module).__name__ == "Qwen3MoeSparseMoeBlock" for module in model.modules())
-    print(f"Kernel: {layers} Mixture-of-Experts layers of {path} now run on it.")
-    if options.model:
+    if not whole:
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=targets, task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    print(f"Training {trained / 1e6:.2f} M of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters.")
+    print(f"Training {trained / 1e6:.2f} M parameters.")
     return model, tokenizer
 
 
@@ -217,7 +203,7 @@ def main() -> None:
     set_seed(0)
     documents = read_texts(options.dataset, options.text_column)
     checkpoint = last_checkpoint(options.output / "checkpoints") if options.resume else None
-    model, tokenizer = load_model(options, checkpoint)
+    model, tokenizer = load(options, checkpoint)
     trainer = make_trainer(options, model, tokenizer, *pack(documents, tokenizer, options.seq_len))
     where = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"Training {options.steps} steps on {where}{f', going on from {checkpoint}' if checkpoint else ''} ...")

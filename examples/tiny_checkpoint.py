@@ -45,3 +45,13 @@ def make_checkpoint(folder: Path) -> None:
     Qwen3MoeForCausalLM(config).save_pretrained(beside, max_shard_size="4MB")
     tokenizer.save_pretrained(beside)
     beside.rename(folder)
+
+
+def small_model(output: Path) -> Path:
+    """The folder of the checkpoint in ``output``; it is made if it is not there."""
+    folder = output / "small-qwen3-moe"
+    if not folder.exists():
+        print(f"Model: making a small Qwen3-MoE in {folder} (random weights, per-expert shards, own tokenizer).")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_checkpoint(folder)
+    return folder

@@ -12,6 +12,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--seq-len", "32", "--batch-size", "4", "--save-every", "4")
+WHOLE = ("--bits", "16", *SMALL)
+"""The small model is trained whole."""
 STEPS = 20
 
 
@@ -42,15 +44,16 @@ def finetune(kernel_dir):
 def whole(finetune, text, tmp_path_factory) -> Path:
     """The folder of a run that nothing interrupted, one epoch and a half long, and what it printed."""
     output = tmp_path_factory.mktemp("whole")
-    (output / "printed").write_text(finetune("--dataset", text, "--output", output, "--steps", STEPS, *SMALL))
+    (output / "printed").write_text(finetune("--dataset", text, "--output", output, "--steps", STEPS, *WHOLE))
     return output
 
 
 @pytest.fixture(scope="module")
 def adapter(finetune, text, whole, tmp_path_factory) -> Path:
-    """The folder of a run, as long, that trained a LoRA on the model of ``whole``."""
+    """The folder of a run, as long, that trained a LoRA on the small model in 4 bit, and what it printed."""
     output = tmp_path_factory.mktemp("adapter")
-    finetune("--model", whole / "small-qwen3-moe", "--dataset", text, "--output", output, "--steps", STEPS, *SMALL)
+    (output / "small-qwen3-moe").symlink_to(whole / "small-qwen3-moe")
+    (output / "printed").write_text(finetune("--dataset", text, "--output", output, "--steps", STEPS, *SMALL))
     return output
 
 
@@ -65,6 +68,12 @@ def test_the_loss_falls_and_the_files_are_there(whole):
     assert not list(whole.glob("*.part*"))
 
 
+def test_in_4_bit_the_loss_falls_too(adapter):
+    before, after = _before_and_after((adapter / "printed").read_text())
+    assert after < before - 0.02
+    assert {path.name for path in (adapter / "model").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
 @pytest.mark.parametrize("trained", ["whole", "adapter"])
 def test_a_killed_run_resumes_to_the_same_losses(finetune, text, request, tmp_path, trained):
     """Killed in the second epoch, while it wrote its next checkpoint: that one is not complete."""
@@ -72,8 +81,8 @@ def test_a_killed_run_resumes_to_the_same_losses(finetune, text, request, tmp_pa
     (tmp_path / "small-qwen3-moe").symlink_to(request.getfixturevalue("whole") / "small-qwen3-moe")
     (tmp_path / "checkpoints" / "checkpoint-18").mkdir(parents=True)
     (tmp_path / "checkpoints" / "checkpoint-16").symlink_to(uninterrupted / "checkpoints" / "checkpoint-16")
-    model = () if trained == "whole" else ("--model", tmp_path / "small-qwen3-moe")
-    printed = finetune(*model, "--dataset", text, "--output", tmp_path, "--steps", STEPS, "--resume", *SMALL)
+    settings = WHOLE if trained == "whole" else SMALL
+    printed = finetune("--dataset", text, "--output", tmp_path, "--steps", STEPS, "--resume", *settings)
     assert "missing keys" not in printed
     want, got = _losses(uninterrupted), _losses(tmp_path)
     assert sum(step > 16 for step, _, _ in want) >= 3
@@ -84,7 +93,7 @@ def test_a_killed_run_resumes_to_the_same_losses(finetune, text, request, tmp_pa
 def test_trl_trains_with_the_routers_loss(finetune, text, whole, tmp_path, triton_interpret):
     """TRL adds the routers' auxiliary loss, so their logits must still be recorded."""
     (tmp_path / "small-qwen3-moe").symlink_to(whole / "small-qwen3-moe")
-    arguments = ("--trainer", "sft", "--dataset", text, "--output", tmp_path, "--steps", 4, "--lr", 1e-2, *SMALL)
+    arguments = ("--trainer", "sft", "--dataset", text, "--output", tmp_path, "--steps", 4, "--lr", 1e-2, *WHOLE)
     printed = finetune(*arguments, TRITON_INTERPRET=triton_interpret)
     before, after = _before_and_after(printed)
     assert after < before - 0.5

@@ -1,0 +1,52 @@
+"""examples/generate.py as a user runs it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def generate(kernel_dir, tmp_path_factory):
+    output = tmp_path_factory.mktemp("generate")
+
+    def run(*arguments) -> str:
+        variables = {
+            "LOCAL_KERNELS": f"org/qwen3-moe-fused={kernel_dir}",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "integration"), os.environ.get("PYTHONPATH", "")]),
+        }
+        command = [sys.executable, str(ROOT / "examples" / "generate.py"), "--output", str(output), "--tokens", "8"]
+        command += map(str, arguments)
+        ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=600)
+        assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+        return ran.stdout
+
+    return run
+
+
+def test_4_bit_weights_generate_take_less_memory_and_say_the_same_when_saved(generate, tmp_path):
+    full = generate("--bits", 16)
+    first = generate("--save", tmp_path / "saved")
+    again = generate("--model", tmp_path / "saved")
+    assert "bitsandbytes_moe" in (tmp_path / "saved" / "config.json").read_text()
+    for printed in (full, first, again):
+        assert "Kernel: 3 Mixture-of-Experts layers" in printed
+        assert float(re.search(r"tokens a second +(\S+)", printed)[1]) > 0
+        assert re.search(r"peak (GPU|process) memory +[1-9]\d* MiB", printed)
+    assert 3 * _weights(first) < _weights(full) and _weights(again) == _weights(first)
+    assert _text(again) == _text(first)
+
+
+def _weights(printed: str) -> float:
+    return float(re.search(r"memory of the weights +(\S+) MiB", printed)[1])
+
+
+def _text(printed: str) -> str:
+    """The prompt, how it goes on, and nothing of the table that follows."""
+    return re.search(r"^A grouped product.+?(?=\n\ntokens a second)", printed, re.DOTALL | re.MULTILINE)[0]
