@@ -18,6 +18,7 @@ import time
 from dataclasses import asdict
 from functools import lru_cache, partial
 
+from harness import four_bit
 from harness.cold_start import cold_start
 from harness.contest import Contest, DeviceLostError, attempt, has_room
 from harness.environment import ceilings, environment, kernel_identity
@@ -55,10 +56,11 @@ class Run:
     def save(self) -> None:
         """Writes beside and renames: whoever reads it finds a whole file."""
         self.options.out.mkdir(parents=True, exist_ok=True)
+        stem = "compare-four-bit" if self.options.four_bit else "compare"
         for name, text in (("json", json.dumps(self.results, indent=1)), ("md", report(self.results))):
-            beside = self.options.out / f".compare.{name}.{os.getpid()}"
+            beside = self.options.out / f".{stem}.{name}.{os.getpid()}"
             beside.write_text(text)
-            beside.replace(self.options.out / f"compare.{name}")
+            beside.replace(self.options.out / f"{stem}.{name}")
 
     def say(self, text: str) -> None:
         print(f"[{time.perf_counter() - self.start:6.1f} s] {text}", flush=True)
@@ -89,7 +91,12 @@ def compare(run: Run, argv: list[str]) -> None:
     results["ceilings"] = ceilings(options.dtype, options.device)
     weights = make_weights(options.shape, options.dtype, options.device)
     kernel = lru_cache(partial(load_kernel, options.kernel))
-    peers = load_peers(run, loaders(kernel, options.shape, weights), weights)
+    if options.four_bit:
+        packed, weights = four_bit.pack(weights)
+        load = four_bit.loaders(kernel, options.shape, packed)
+    else:
+        load = loaders(kernel, options.shape, weights)
+    peers = load_peers(run, load, weights)
     run.save()
     for tokens in options.tokens:
         sets = [input_set(options, tokens, seed) for seed in range(1, options.input_sets + 1)]
@@ -146,7 +153,8 @@ def add_floors(run: Run, sets: list[Inputs]) -> None:
     if limits:
         active = sum(inputs.top_k_index.unique().numel() for inputs in sets) / len(sets)
         for which in run.options.passes:
-            operations, size = run.options.shape.cost(which, tokens, active, run.options.dtype.itemsize)
+            weight_size = four_bit.WEIGHT_BYTES if run.options.four_bit else None
+            operations, size = run.options.shape.cost(which, tokens, active, run.options.dtype.itemsize, weight_size)
             seconds = max(operations / limits["operations_per_second"], size / limits["bytes_per_second"])
             run.results["floors_ms"][f"{which} {tokens}"] = 1e3 * seconds
 

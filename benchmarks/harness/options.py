@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
+from . import four_bit
 from .peers import PEERS
 from .problem import PASSES, TOLERANCE, Shape
 
 TOKENS = [1, 16, 128, 1024, 4096, 16384]
 FULL = {"shape": Shape(), "tokens": TOKENS, "input_sets": 8, "rounds": 3, "budget_ms": 250.0}
-QUICK = {"shape": Shape(64, 32, 8, 2), "tokens": [1, 16, 128], "input_sets": 2, "rounds": 1, "budget_ms": 10.0}
+QUICK = {"shape": Shape(64, 64, 8, 2), "tokens": [1, 16, 128], "input_sets": 2, "rounds": 1, "budget_ms": 10.0}
 SETTLE_TOKENS = 4096  # the size at which everything is compiled and tuned first
 
 
@@ -21,8 +22,9 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     here = Path(__file__).resolve().parent.parent
     parser.add_argument("--kernel", type=Path, help="a local build (the folder that holds build/) instead of the Hub's")
     parser.add_argument("--out", type=Path, default=here / "results", help="folder for compare.json and compare.md")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument("--four-bit", action="store_true", help="weights in nf4: writes compare-four-bit.*")
+    parser.add_argument("--peers", nargs="+", choices=list(dict.fromkeys(PEERS + four_bit.PEERS)), help="default: all")
+    parser.add_argument("--passes", nargs="+", choices=PASSES, help="default: all; in 4 bit, weights are frozen")
     parser.add_argument("--tokens", nargs="+", type=int, help=f"default: {' '.join(map(str, TOKENS))}")
     parser.add_argument("--shape", nargs=4, type=int, metavar=("H", "I", "E", "k"), help="default: Qwen3-30B-A3B's")
     parser.add_argument("--dtype", choices=[str(dtype).split(".")[1] for dtype in TOLERANCE], default="bfloat16")
@@ -33,6 +35,11 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     parser.add_argument("--no-cold-start", dest="cold_start", action="store_false", help="do not time the first call")
     parser.add_argument("--quick", action="store_true", help="a tiny layer and few calls: tests this harness, no more")
     options = parser.parse_args(argv)
+    peers, passes = (four_bit.PEERS, PASSES[:2]) if options.four_bit else (PEERS, PASSES)
+    options.peers, options.passes = options.peers or list(peers), options.passes or list(passes)
+    if not (set(options.peers) <= set(peers) and set(options.passes) <= set(passes)):
+        parser.error(f"here the peers are {', '.join(peers)} and the passes {', '.join(passes)}")
+    options.cold_start = options.cold_start and not options.four_bit
     options.dtype = getattr(torch, options.dtype)
     options.shape = Shape(*options.shape) if options.shape else None
     for name, value in (QUICK if options.quick else FULL).items():

@@ -35,14 +35,17 @@ class Shape:
         """Weights of one expert: gate, up and down projection."""
         return 3 * self.intermediate * self.hidden
 
-    def cost(self, which: str, tokens: int, active_experts: float, element_size: int) -> tuple[float, float]:
+    def cost(
+        self, which: str, tokens: int, active_experts: float, element_size: int, weight_size: float | None = None
+    ) -> tuple[float, float]:
         """The operations a pass must do and the fewest bytes it must move: each input read, each output written once.
 
         Backward reads the weights a second time, as they do not stay in a cache until then; the gradient of the
-        weights is written for every expert, with zeros for those that had no row.
+        weights is written for every expert, with zeros for those that had no row. ``weight_size`` is the bytes of a
+        weight, by default ``element_size``.
         """
         multiplies = tokens * self.top_k * self.expert_elements
-        weights = active_experts * self.expert_elements
+        weights = active_experts * self.expert_elements * (weight_size or element_size) / element_size
         activations = 2 * tokens * self.hidden
         operations = {"forward": 2, "frozen": 4, "trained": 6}[which] * multiplies
         elements = {

@@ -163,6 +163,19 @@ def test_a_run_is_written_reported_and_drawn(kernel_dir, tmp_path, capsys):
         assert plot.plt.imread(tmp_path / name).std() > 0.05
 
 
+def test_weights_in_4_bit_are_judged_as_they_were_packed(kernel_dir, tmp_path):
+    arguments = ["--quick", "--four-bit", "--device", "cpu", "--kernel", str(kernel_dir), "--out", str(tmp_path)]
+    assert compare.main([*arguments, "--tokens", "16"]) == 0
+    records = json.loads((tmp_path / "compare-four-bit.json").read_text())["layer"]
+    assert {(r["peer"], r["pass"]) for r in records} == {
+        (name, which)
+        for name in (report.OURS, "bitsandbytes dequantize + grouped_mm")
+        for which in ("forward", "frozen")
+    }
+    for record in records:
+        assert record["call_ms"] and max(record["errors"].values()) < 0.01, "quantizing itself has an error of 0.09"
+
+
 def test_an_interrupted_run_leaves_a_whole_file(kernel_dir, tmp_path, monkeypatch):
     def interrupted(self, which):
         if which == "frozen":
