@@ -2,7 +2,7 @@
 
 The layer runs on empty tensors, with a launcher that compiles instead of launching: what is compiled is what the layer
 would choose on such a card, from one row an expert to thousands. Shared memory must stay below what the card has, or a
-user meets OutOfResources. Needs no GPU.
+user meets OutOfResources; and on Hopper nothing may overwrite a product's registers too early. Needs no GPU.
 
     python benchmarks/compile_report.py --out benchmarks/results
 """
@@ -13,20 +13,18 @@ import argparse
 import importlib
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 import triton
+from harness.sass import register_hazards, tool
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 CARDS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Compute capability and the KiB of shared memory a program may use."""
 ROWS = (0.0625, 1, 8, 32, 128, 512, 2048)
-"""Rows an expert; the first is one token."""
 
 
 class AbsentCard:
@@ -41,7 +39,8 @@ class AbsentCard:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        """A number of its own for each card: Triton remembers the target by it."""
+        return self.target.arch
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0
@@ -82,17 +81,17 @@ def blocks(kernel, args) -> dict:
 
 
 def resources(compiled) -> dict:
-    """KiB of shared memory, registers a thread, bytes a thread spills."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    """KiB of shared memory, registers a thread, bytes a thread spills; on Hopper also the products that decode into
+    registers, and what overwrites them too early."""
+    text = tool("cuobjdump", "-res-usage", cubin=compiled.asm["cubin"])
     registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
-    return {"shared_kib": compiled.metadata.shared / 1024, "registers": registers, "stack_bytes": stack}
+    record = {"shared_kib": compiled.metadata.shared / 1024, "registers": registers, "stack_bytes": stack}
+    if compiled.metadata.target.arch == 90:
+        record["register_products"], record["hazards"] = register_hazards(compiled.asm["cubin"])
+    return record
 
 
-def compile_layer(name: str, arch: int, shape: argparse.Namespace) -> list[dict]:
+def compile_layer(name: str, arch: int, options: argparse.Namespace) -> list[dict]:
     """The kernels of forward and backward of the kernel package called ``name``, for one card."""
     driver.set_active(AbsentCard(arch))
     modules = {
@@ -109,13 +108,13 @@ def compile_layer(name: str, arch: int, shape: argparse.Namespace) -> list[dict]
         module.has_byte_permute = lambda device: True
     modules["product"]._has_tma = lambda device: arch >= 90
     tiling._card = lambda device: (f"sm_{arch}", CARDS[arch] * 1024)
-    gate_up = projection.Projection(packed(projection, shape.experts, 2 * shape.intermediate, shape.hidden))
-    down = projection.Projection(packed(projection, shape.experts, shape.hidden, shape.intermediate))
+    gate_up = projection.Projection(packed(projection, options.experts, 2 * options.intermediate, options.hidden))
+    down = projection.Projection(packed(projection, options.experts, options.hidden, options.intermediate))
     wanted = projection.Gradients(True, True, *[False] * 6)
-    for rows in ROWS:
-        tokens = max(1, int(rows * shape.experts / shape.top_k))
-        x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16)
-        routed = torch.empty(tokens, shape.top_k, dtype=torch.int64), x.new_empty(tokens, shape.top_k)
+    for rows in options.rows:
+        tokens = max(1, int(rows * options.experts / options.top_k))
+        x = torch.empty(tokens, options.hidden, dtype=torch.bfloat16)
+        routed = torch.empty(tokens, options.top_k, dtype=torch.int64), x.new_empty(tokens, options.top_k)
         modules["experts"].experts_forward(x, *routed, gate_up, down, None, "silu", False)
         _, *saved = modules["experts"].experts_forward(x, *routed, gate_up, down, None, "silu", True)
         modules["experts"].experts_backward(x, x, *routed, gate_up, down, None, tuple(saved), "silu", wanted)
@@ -135,6 +134,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", type=Path, default=Path("."), help="folder that holds build/")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--rows", type=float, nargs="+", default=ROWS, help="rows an expert; below 1, some have none")
     parser.add_argument("--arch", type=int, nargs="+", default=list(CARDS), choices=list(CARDS))
     for name, default in (("hidden", 2048), ("intermediate", 768), ("experts", 128), ("top-k", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -149,8 +149,9 @@ def main() -> int:
     (options.out / "compile_report.json").write_text(json.dumps(report, indent=1) + "\n")
     for arch, records in zip(options.arch, cards.values()):
         most = max(records, key=lambda record: record["shared_kib"])
-        print(f"sm_{arch}: {len(records)} kernels, at most {most['shared_kib']:.1f} of {CARDS[arch]} KiB ({most})")
-        if most["shared_kib"] > CARDS[arch]:
+        hazards = [record for record in records if record.get("hazards")]
+        print(f"sm_{arch}: {len(records)} kernels, at most {most['shared_kib']:.1f} of {CARDS[arch]} KiB, {hazards=}")
+        if most["shared_kib"] > CARDS[arch] or hazards:
             return 1
     return 0
 

@@ -11,13 +11,17 @@ from ..problems import Problem
 pytestmark = pytest.mark.gpu
 
 WAYS = ["fast", "plain", "dequantize"]
-QUANTIZATIONS = [Quantization(), Quantization("fp4", nested=False, blocksize=128)]
+QUANTIZATIONS = [
+    (Quantization(), torch.bfloat16),
+    (Quantization("fp4", nested=False, blocksize=128), torch.float16),
+]
+SIZES = dict(k=2, E=8, H=256, I=384)
 PROBLEMS = [  # so many rows an expert that each entry of the tables is used
-    Problem(T=7, k=2, E=8, H=256, I=384),
-    Problem(T=33, k=2, E=8, H=384, I=128, imbalance="some_skipped"),
-    Problem(T=120, k=2, E=8, H=256, I=256),
-    Problem(T=700, k=2, E=8, H=256, I=256),
-    Problem(T=2000, k=2, E=8, H=256, I=128, imbalance="one_takes_all"),
+    Problem(T=7, **SIZES),
+    Problem(T=33, **SIZES, imbalance="some_skipped"),
+    Problem(T=120, **SIZES),
+    Problem(T=700, **SIZES),
+    Problem(T=2000, **SIZES, imbalance="one_takes_all"),
 ]
 
 
@@ -29,8 +33,7 @@ def way(kernel, monkeypatch):
     return lambda name: monkeypatch.setattr(regime, "regime", lambda *_: name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=repr)
+@pytest.mark.parametrize(("quantization", "dtype"), QUANTIZATIONS, ids=repr)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=repr)
 @pytest.mark.parametrize("name", WAYS)
 def test_the_layer_and_its_gradients_are_the_oracles(kernel, way, name, problem, quantization, dtype):
@@ -55,10 +58,10 @@ def test_decoded_in_registers_forty_runs_are_one(kernel, way, problem):
         assert all(map(torch.equal, first, run()))
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=repr)
+@pytest.mark.parametrize("quantization", [quantization for quantization, _ in QUANTIZATIONS], ids=repr)
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_slots_one_by_one_are_as_good_as_sorted(kernel, quantization, tokens, dtype):
-    problem = Problem(T=tokens, k=4, E=8, H=384, I=256, imbalance="some_skipped" if tokens > 1 else "random")
+    problem = Problem(T=tokens, **SIZES, imbalance="some_skipped" if tokens > 1 else "random")
     inputs = problem.draw("cuda", dtype)
     parameters = [quantization.quantize(w) for w in (inputs.gate_up_proj, inputs.down_proj)]
     with torch.no_grad():
@@ -70,7 +73,7 @@ def test_slots_one_by_one_are_as_good_as_sorted(kernel, quantization, tokens, dt
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_the_layer_runs_in_a_cuda_graph(kernel, tokens):
-    inputs = Problem(T=tokens, k=2, E=8, H=256, I=256).draw("cuda", torch.bfloat16)
+    inputs = Problem(T=tokens, **SIZES).draw("cuda", torch.bfloat16)
     weights = [kernel.four_bit_weight(Quantization().quantize(w)) for w in (inputs.gate_up_proj, inputs.down_proj)]
     with torch.no_grad():
         expected = kernel.fused_experts(*inputs[:3], *weights)
