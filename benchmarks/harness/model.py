@@ -1,0 +1,74 @@
+"""Qwen3-30B-A3B with any number of layers and random weights, in 4 bit, without ever being anything else.
+
+Weights are drawn on the device and quantized matrix by matrix, so the largest thing that exists in full precision is
+one matrix: all 48 layers can be built on the card that they are to train on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.integrations import replace_with_bnb_linear
+
+from qwen3_moe_integration.quantize import MoeBitsAndBytesConfig
+from qwen3_moe_integration.quantize.stacks import quantize_stack
+
+DEVIATION = 0.02
+
+
+def config(layers: int, **changes: int) -> Qwen3MoeConfig:
+    """The published config of Qwen/Qwen3-30B-A3B, but for the number of layers."""
+    sizes = {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "max_position_embeddings": 40960,
+    }
+    return Qwen3MoeConfig(
+        **sizes | changes,
+        num_hidden_layers=layers,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+
+
+def random_4_bit_model(sizes: Qwen3MoeConfig, device: str, seed: int = 0) -> Qwen3MoeForCausalLM:
+    """The model, NF4 with double quantization in attention and experts, bf16 elsewhere."""
+    torch.manual_seed(seed)
+    settings = MoeBitsAndBytesConfig()
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM._from_config(sizes, dtype=torch.bfloat16)
+    skipped = ["lm_head", *(name for name, _ in model.named_modules() if name.endswith("mlp.gate"))]
+    replace_with_bnb_linear(model, skipped, settings)
+    for name, parameter in list(model.named_parameters()):
+        module_name, _, last = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        if parameter.dim() == 3:
+            experts = (_normal(parameter.shape[1:], device) for _ in range(parameter.shape[0]))
+            setattr(module, last, quantize_stack(name, experts, parameter.shape, settings))
+        elif hasattr(module, "quant_state"):
+            full = type(parameter)(
+                _normal(parameter.shape, device), requires_grad=False, quant_type="nf4", compress_statistics=True
+            )
+            module.weight = full.to(device)
+            module.quant_state = module.weight.quant_state
+        else:
+            drawn = torch.ones(parameter.shape, dtype=torch.bfloat16, device=device)
+            drawn = drawn if parameter.dim() == 1 else _normal(parameter.shape, device)
+            setattr(module, last, nn.Parameter(drawn, requires_grad=False))
+    model.model.rotary_emb = type(model.model.rotary_emb)(sizes).to(device)
+    model.is_loaded_in_4bit = model.is_quantized = True
+    model.config.use_cache = False
+    return model
+
+
+def _normal(shape: tuple[int, ...], device: str) -> torch.Tensor:
+    return torch.randn(tuple(shape), dtype=torch.bfloat16, device=device) * DEVIATION

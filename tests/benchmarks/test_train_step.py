@@ -1,0 +1,23 @@
+"""train_step.py: it trains, and its figures are of the steps that it ran."""
+
+import json
+
+import pytest
+
+pytest.importorskip("bitsandbytes")
+
+
+def test_a_tiny_model_trains_and_is_measured(kernel_dir, tmp_path, capsys):
+    import train_step
+
+    arguments = ["--tiny", "--no-liger", "--layers", "2", "--tokens", "16", "24", "--steps", "4", "--profile", "16"]
+    train_step.main([*arguments, "--kernel", str(kernel_dir), "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "train_step-2-layers.json").read_text())
+    assert [run["tokens"] for run in result["runs"]] == [16, 24]
+    for run in result["runs"]:
+        assert run["last_loss"] < run["first_loss"]
+        assert run["tokens_per_second"] == pytest.approx(run["tokens"] / run["step_ms"] * 1e3)
+    experts = 2 * 8 * 16 * ((64 + 2 * 64) + (64 + 64))
+    attention = 2 * 16 * ((64 + 64) + 2 * (64 + 32) + (64 + 64))
+    assert result["trained_parameters"] == experts + attention
+    assert result["profile"]["kernels"] and (tmp_path / "train_step-2-layers.md").exists()
