@@ -56,6 +56,7 @@ def test_only_few_slots_of_4_bit_experts_are_multiplied_one_by_one(kernel, regim
     adapted = packed._replace(lora=kernel.Lora(torch.empty(2, 4, 128), torch.empty(2, 128, 4)))
     assert regime.suits_gemv(8, packed, packed, CPU) == byte_permute
     assert not regime.suits_gemv(10**4, packed, packed, CPU)
+    assert not regime.suits_gemv(0, packed, packed, CPU)
     assert not regime.suits_gemv(8, packed, dense, CPU)
     assert not regime.suits_gemv(8, adapted, packed, CPU)
 

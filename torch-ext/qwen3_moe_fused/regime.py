@@ -9,6 +9,7 @@ so with few rows the first two win by the memory they do not touch, and with man
 once instead of once a tile of rows.
 """
 
+import functools
 from dataclasses import replace
 from typing import NamedTuple, Tuple
 
@@ -96,7 +97,7 @@ def regime(rows: int, weights: Tuple[Weight, ...], dtype: torch.dtype, device: t
 def suits_gemv(slots: int, gate_up: Projection, down: Projection, device: torch.device) -> bool:
     """Whether the slots are so few that ``kernels.gemv`` takes them one by one; it knows no adapters."""
     return (
-        slots <= GEMV_SLOTS
+        0 < slots <= GEMV_SLOTS
         and has_byte_permute(device)
         and all(p.four_bit and p.lora is None and _fits_fast(p.weight) for p in (gate_up, down))
     )
@@ -117,11 +118,13 @@ def _fits_plain(weight: FourBitWeight) -> bool:
 
 
 def _fits_fast(weight: FourBitWeight) -> bool:
-    """The same for blocks of 64 or more, and whole tiles in both directions."""
+    """The same for blocks of 64 or more, and whole tiles in both directions; words are read, four at a time."""
     _, n, k = weight.shape
-    return _fits_plain(weight) and n % 128 == 0 and k % 128 == 0 and weight.blocksize >= 64
+    whole = n % 128 == 0 and k % 128 == 0 and weight.blocksize >= 64
+    return whole and _fits_plain(weight) and weight.packed.data_ptr() % 16 == 0
 
 
+@functools.cache
 def has_byte_permute(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
