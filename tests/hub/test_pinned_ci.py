@@ -1,13 +1,15 @@
 """examples/pinned-ci as its README and its workflow say: locked, downloaded, tested, and refused when the lock is not
-for this Hub."""
+for this Hub; and the guide to it, block by block."""
 
 import json
+import os
 import shutil
 
 import pytest
 import yaml
 
 from tests.conftest import ROOT
+from tests.documents import blocks
 
 EXAMPLE = ROOT / "examples/pinned-ci"
 
@@ -62,3 +64,36 @@ def test_a_lock_for_another_hub_is_refused_and_nothing_else_is_loaded(user, proj
     assert kind == "RevisionNotFoundError"
     assert commit in message
     assert not any("/resolve/" in request for request in hub.requests[asked:])
+
+
+GUIDE_BEGINS = """
+from pathlib import Path
+from tiny_checkpoint import make_checkpoint
+
+Path("Qwen").mkdir()
+make_checkpoint(Path("Qwen/Qwen3-30B-A3B"))
+"""
+GUIDE_ENDS = """
+import torch
+
+assert "/snapshots/{commit}/" in moe.__file__
+layers = [module for module in model.modules() if type(module).__name__ == "Qwen3MoeSparseMoeBlock"]
+assert {{module.forward.__func__.__module__ for module in layers}} == {{moe.layers.__name__}}
+assert model(torch.arange(9, 17, device=model.device)[None]).logits.isfinite().all()
+"""
+
+
+def test_the_guide(user, tmp_path, v1):
+    folder, program = tmp_path / "guide", GUIDE_BEGINS
+    folder.mkdir()
+    for block in blocks(ROOT / "docs/pinned-ci.md"):
+        if block.language == "toml":
+            (folder / "pyproject.toml").write_text(block.code)
+        elif block.language == "bash":
+            user.shell(block.code, folder)
+        else:
+            program += block.code
+    (folder / "program.py").write_text(program + GUIDE_ENDS.format(commit=v1))
+    path = os.pathsep.join(map(str, (ROOT / "integration", ROOT / "examples", os.environ.get("PYTHONPATH", ""))))
+    user.shell("python program.py", folder, PYTHONPATH=path)
+    assert v1 in (folder / "kernels.lock").read_text()

@@ -1,0 +1,165 @@
+"""Every page for users: its code blocks run as they stand, and its links lead somewhere.
+
+What is checked after a page is that it did what it says, not only that it ran. The pages that need a Hub are run by
+tests/hub: test_pinned_ci.py and test_load.py.
+"""
+
+import importlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import stand_ins
+from tests.documents import ROOT, blocks, in_own_process, run
+from tests.integration.adapters import assert_same_additions
+from tests.integration.models import ExpertsCalls
+
+GUIDES = sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))
+PAGES = [*map(str, GUIDES), "README.md", "CARD.md", "integration/README.md", "benchmarks/README.md"]
+ON_A_HUB = ["docs/pinned-ci.md", "CARD.md"]
+RUN = {"python", "bash", "toml"}
+SHOWN = {"text", "mermaid"}
+
+
+@pytest.fixture(scope="module")
+def environment(kernel_dir) -> dict[str, str]:
+    settings = {"LOCAL_KERNELS": f"org/qwen3-moe-fused={kernel_dir}", "HF_HUB_OFFLINE": "1"}
+    # TRL computes its loss by a Triton kernel.
+    return settings if torch.cuda.is_available() else settings | {"TRITON_INTERPRET": "1"}
+
+
+@pytest.fixture(scope="module")
+def files(environment, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stand_ins")
+    in_own_process(stand_ins.make, folder=folder, environment=environment)
+    return folder
+
+
+@pytest.fixture
+def folder(files, tmp_path):
+    return shutil.copytree(files, tmp_path / "page")
+
+
+def check_readme(after):
+    first, last = after
+    assert first["out"].shape == first["tokens"].shape and first["out"].isfinite().all()
+    check_runs_on_the_kernel(last["model"])
+
+
+def check_script(after):
+    names = after[-1]
+    T, H, I, E, k = (names[name] for name in "THIEk")
+    assert names["out"].shape == (T, H) and names["dense"].shape == (E, 2 * I, H)
+    assert names["hidden_states"].grad.norm() > 0 and names["B"].grad.norm() > 0
+    assert names["gate_and_up"].shape == (T * k, 2 * I)
+
+
+def check_kernelize(after):
+    for names in after:
+        check_runs_on_the_kernel(names["model"])
+    for model in (after[-1]["again"], after[-1]["model"]):
+        stack = model.get_submodule("model.layers.0.mlp.experts").down_proj
+        assert stack.quant_state.shape[0] == model.config.num_experts
+        check_runs_on_the_kernel(model)
+
+
+def check_peft(after):
+    check_runs_on_the_kernel(after[1]["model"])
+    check_runs_on_the_kernel(after[-1]["merged"])
+    assert not [name for name, _ in after[-1]["merged"].named_parameters() if "lora" in name]
+
+
+def check_trl(after):
+    check_runs_on_the_kernel(after[-1]["model"])
+    assert Path("my-adapter/adapter_model.safetensors").is_file()
+    assert {p.dtype for p in after[-1]["trainer"].model.parameters() if p.requires_grad} == {torch.bfloat16}
+    if "plain" in after[-1]:
+        check_runs_on_the_kernel(after[-1]["plain"])
+
+
+def check_other_models(after):
+    for names in after:
+        check_runs_on_the_kernel(names["model"])
+
+
+def check_convert(after):
+    check_runs_on_the_kernel(after[-1]["adapted"])
+    assert_same_additions(Path("v4-adapter"), Path("my-v5-adapter"))
+    for adapter in ("my-adapter-vllm", "my-adapter-gguf"):
+        keys = " ".join(load_file(f"{adapter}/adapter_model.safetensors"))
+        assert all(f".experts.{e}.down_proj.lora_A.weight" in keys for e in range(16))
+    config = json.loads(Path("my-adapter-gguf/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (16, 16, {}, {})
+
+
+def check_commands_alone(after):
+    assert after == []
+
+
+def check_runs_on_the_kernel(model):
+    with torch.no_grad(), ExpertsCalls() as calls:
+        logits = model(torch.arange(9, 17, device=model.device)[None]).logits
+    assert calls.forward == model.config.num_hidden_layers and logits.isfinite().all()
+
+
+CHECKS = {
+    "README.md": check_readme,
+    "docs/script.md": check_script,
+    "docs/kernelize.md": check_kernelize,
+    "docs/peft.md": check_peft,
+    "docs/trl.md": check_trl,
+    "docs/other-models.md": check_other_models,
+    "docs/convert.md": check_convert,
+    "docs/tuning.md": check_commands_alone,
+    "benchmarks/README.md": check_commands_alone,
+}
+RUNNING = [page for page in PAGES if page not in ON_A_HUB and RUN & {block.language for block in blocks(ROOT / page)}]
+
+
+@pytest.mark.parametrize("page", RUNNING)
+def test_the_page_runs(page, folder, environment):
+    chosen = [block for block in blocks(ROOT / page) if block.needs != "gpu"]
+    run(ROOT / page, chosen, folder, CHECKS[page], environment)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", [page for page in RUNNING if any(block.needs for block in blocks(ROOT / page))])
+def test_the_page_runs_whole_on_a_gpu(page, folder, environment):
+    run(ROOT / page, blocks(ROOT / page), folder, CHECKS[page], environment)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_is_run_or_only_shown(page):
+    found = blocks(ROOT / page)
+    assert 2 * len(found) == len(re.findall(r"^\s*```", (ROOT / page).read_text(), re.M))
+    assert {block.language for block in found} <= RUN | SHOWN
+    assert {block.needs for block in found} <= {"", "gpu"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\((?!https?://)([^)#\s]*)(#[^)\s]*)?\)", text):
+        path, anchor = target
+        other = (ROOT / page).parent / path if path else ROOT / page
+        assert other.exists(), f"{page}: {path}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", other.read_text(), re.M)
+            assert anchor[1:] in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, anchor
+
+
+def test_the_thresholds_are_those_of_the_kernel(kernel):
+    text = (ROOT / "docs/how-it-works.md").read_text()
+    regime = importlib.import_module(f"{kernel.__name__}.regime")
+    for threshold in (f"{regime.GEMV_SLOTS} slots", f"{regime.FAST_ROWS} rows", f"{regime.PLAIN_ROWS} rows"):
+        assert f"at most {threshold}" in text
+
+
+def test_every_guide_is_in_the_index():
+    index = (ROOT / "docs/README.md").read_text()
+    assert [str(guide) for guide in GUIDES if guide.name != "README.md" and f"({guide.name})" not in index] == []
