@@ -8,7 +8,7 @@ TRITON := triton==3.6.0; platform_system == "Linux"
 .PHONY: help test demo build lint publish clean
 
 help:
-	@echo "make demo     fine-tune a small Qwen3-MoE with the kernel; ARGS=... goes to examples/finetune.py"
+	@echo "make demo     fine-tune a small Qwen3-MoE by LoRA and convert the adapter; ARGS=... goes to examples/demo.py"
 	@echo "make test     build the kernel, lint, run every test"
 	@echo "make build    build the kernel into build/ and load it"
 	@echo "make lint     ruff check and ruff format --check"
@@ -23,7 +23,7 @@ test: build lint .compat/ready .publish/ready
 	@PYTHONPATH="$(CURDIR)/.compat" $(BIN)/python -m pytest -m compat --kernel-dir . --ignore tests/test_build.py $(ARGS)
 
 demo: build
-	@LOCAL_KERNELS="$(REPO)=$(CURDIR)" $(BIN)/python examples/finetune.py $(ARGS)
+	@LOCAL_KERNELS="$(REPO)=$(CURDIR)" $(BIN)/python examples/demo.py $(ARGS)
 
 build: .venv/ready
 	@echo "== Building the kernel"

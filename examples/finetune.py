@@ -4,8 +4,8 @@
     python examples/finetune.py --model Qwen/Qwen3-30B-A3B --dataset notes.jsonl
     python examples/finetune.py --resume                                    goes on from the last checkpoint
 
-The model is in 4 bit, its experts too, and is trained by LoRA on its attention. With --bits 16 it is loaded as it is,
-and the small one, whose weights are random, is trained whole.
+The model is in 4 bit, its experts too, and is trained by LoRA on its attention and, with --expert-rank, on all experts.
+With --bits 16 it is loaded as it is, and the small one, whose weights are random, is trained whole.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import logging
 import os
 import resource
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -29,6 +28,8 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+
+from qwen3_moe_integration import expert_lora_config
 
 ON_GPU = DEVICE == "cuda"
 
@@ -47,6 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, help="default: 3e-3 for the small model, 2e-4 for LoRA")
     parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA on attention")
+    parser.add_argument("--expert-rank", type=int, default=0, help="rank of the LoRA on all experts (default: none)")
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
@@ -105,29 +107,36 @@ def last_checkpoint(folder: Path) -> Path:
     return steps[max(steps)]
 
 
-def load(options: argparse.Namespace, checkpoint: Path | None) -> tuple[torch.nn.Module, AutoTokenizer]:
-    """The model with its experts on the kernel, ready to train; trained whole, with the weights of ``checkpoint``."""
-    path = options.model or small_model(options.output)
-    whole = options.bits == 16 and not options.model
-    dtype = torch.float32 if whole or not ON_GPU else torch.bfloat16
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    weights = path
-    if checkpoint and whole:
+def is_whole(options: argparse.Namespace) -> bool:
+    """Whether the model is trained whole."""
+    return options.bits == 16 and not options.model
+
+
+def load_base(options: argparse.Namespace, checkpoint: Path | None = None) -> torch.nn.Module:
+    """The model with its experts on the kernel; trained whole, with the weights of ``checkpoint``."""
+    weights = options.model or small_model(options.output)
+    if checkpoint and is_whole(options):
         # The Trainer would pass over the experts: checkpoints hold one matrix an expert, and only from_pretrained
         # stacks them (huggingface/transformers#48805). It still tries, and warns of a key for each.
         weights = checkpoint
         logging.getLogger("transformers.trainer").addFilter(
             lambda record: "checkpoint model loaded" not in str(record.msg)
         )
+    dtype = torch.float32 if is_whole(options) or not ON_GPU else torch.bfloat16
     model = load_model(weights, options.bits, dtype, "training", options.kernel)
     model.config.use_cache = False
-    if not whole:
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-        lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=targets, task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    print(f"Training {trained / 1e6:.2f} M parameters.")
-    return model, tokenizer
+    return model
+
+
+def with_adapter(model: torch.nn.Module, options: argparse.Namespace) -> torch.nn.Module:
+    """LoRA on attention, and with ``--expert-rank`` on all experts."""
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=attention, task_type="CAUSAL_LM")
+    if options.expert_rank:
+        lora = expert_lora_config(
+            options.expert_rank, target_modules=attention, module_rank=options.rank, task_type="CAUSAL_LM"
+        )
+    return get_peft_model(model, lora)
 
 
 def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, held_out: Dataset) -> Trainer:
@@ -193,8 +202,8 @@ def save(trainer: Trainer, folder: Path) -> None:
     beside.rename(folder)
 
 
-def main() -> None:
-    options = parse()
+def train(options: argparse.Namespace) -> Trainer:
+    """Trains, saves, and prints what came of it."""
     if options.trainer == "sft" and not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
         raise SystemExit(
             "--trainer sft: TRL computes the loss by a Triton kernel, which needs a GPU; take the default trainer, "
@@ -203,7 +212,12 @@ def main() -> None:
     set_seed(0)
     documents = read_texts(options.dataset, options.text_column)
     checkpoint = last_checkpoint(options.output / "checkpoints") if options.resume else None
-    model, tokenizer = load(options, checkpoint)
+    model = load_base(options, checkpoint)
+    if not is_whole(options):
+        model = with_adapter(model, options)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print(f"Training {trained / 1e6:.2f} M parameters.")
+    tokenizer = AutoTokenizer.from_pretrained(options.model or small_model(options.output))
     trainer = make_trainer(options, model, tokenizer, *pack(documents, tokenizer, options.seq_len))
     where = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"Training {options.steps} steps on {where}{f', going on from {checkpoint}' if checkpoint else ''} ...")
@@ -227,7 +241,8 @@ def main() -> None:
         ("loss curve", str(options.output / "loss.png")),
     ]
     print("\n" + "\n".join(f"{name:28s} {value}" for name, value in rows))
+    return trainer
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    train(parse())
