@@ -72,7 +72,7 @@ def _settle(step):
 
 
 @triton.jit
-def _column(p):
+def column_at(p):
     """The column of x that ``permute_columns`` puts at place p."""
     k = (p & 1) | (p >> 3 & 1) << 1 | (p >> 4 & 1) << 2 | (p >> 5 & 1) << 3 | (p >> 1 & 3) << 4 | p // 64 * 64
     return tl.max_contiguous(tl.multiple_of(k, [2]), [2])
@@ -107,7 +107,7 @@ def accumulate_rows(
     RUNS: tl.constexpr = BLOCK_K // 64
     t0, t1 = _table(w.table, 0, COLS, WORDS), _table(w.table, 1, COLS, WORDS)
     t2, t3 = _table(w.table, 2, COLS, WORDS), _table(w.table, 3, COLS, WORDS)
-    place = tl.arange(0, BLOCK_K) if FORMAT[3] else _column(tl.arange(0, BLOCK_K))
+    place = tl.arange(0, BLOCK_K) if FORMAT[3] else column_at(tl.arange(0, BLOCK_K))
     a_tile = a + rows.to(tl.int64)[:, None] * stride_am + place[None, :] * stride_ak
     row = expert.to(tl.int64) * N + cols
     q_tile = w.packed + row[:, None] * (K // 8) + tl.arange(0, WORDS)[None, :]
