@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from loading import DEVICE, load_model
 from peft import LoraConfig, get_peft_model
@@ -150,6 +151,9 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, 
         "warmup_steps": min(10, options.steps // 10),
         "eval_strategy": "steps",
         "eval_steps": options.save_every,
+        # Before the first step, but after the Trainer has prepared the model: one that was evaluated earlier than that
+        # is not wrapped by DDP any more, without a word, and refused by FSDP.
+        "eval_on_start": not options.resume,
         "save_steps": options.save_every,
         "save_total_limit": 2,
         "logging_steps": max(1, min(10, options.steps // 10)),
@@ -194,12 +198,19 @@ def plot_losses(history: list[dict], path: Path) -> None:
 
 
 def save(trainer: Trainer, folder: Path) -> None:
-    """The trained model, or its adapter; ``folder`` is replaced only when the new one is complete."""
+    """The trained model, or its adapter; ``folder`` is replaced only when the new one is complete.
+
+    Every process takes part, for what is sharded has to be gathered; the first one writes.
+    """
     beside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
+    processes = PartialState()
+    if processes.is_main_process:
+        shutil.rmtree(beside, ignore_errors=True)
+    processes.wait_for_everyone()
     trainer.save_model(str(beside))
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    if processes.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
 
 
 def train(options: argparse.Namespace) -> Trainer:
@@ -209,6 +220,10 @@ def train(options: argparse.Namespace) -> Trainer:
             "--trainer sft: TRL computes the loss by a Triton kernel, which needs a GPU; take the default trainer, "
             "or set TRITON_INTERPRET=1 to have Triton's interpreter run it on the CPU, slowly"
         )
+    processes = PartialState(cpu=not ON_GPU)
+    if not options.model:
+        with processes.main_process_first():
+            small_model(options.output)
     set_seed(0)
     documents = read_texts(options.dataset, options.text_column)
     checkpoint = last_checkpoint(options.output / "checkpoints") if options.resume else None
@@ -221,20 +236,22 @@ def train(options: argparse.Namespace) -> Trainer:
     trainer = make_trainer(options, model, tokenizer, *pack(documents, tokenizer, options.seq_len))
     where = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"Training {options.steps} steps on {where}{f', going on from {checkpoint}' if checkpoint else ''} ...")
-    before = trainer.evaluate()["eval_loss"]
-    set_seed(0)  # the order of the data follows from it, so that a resumed run sees what is left of the same order
     result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     after = trainer.evaluate()["eval_loss"]
     save(trainer, options.output / "model")
+    if not processes.is_main_process:
+        return trainer
+    before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     plot_losses(trainer.state.log_history, options.output / "loss.png")
 
     steps = options.steps - (int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    tokens = steps * options.batch_size * options.seq_len * processes.num_processes
     seconds = result.metrics["train_runtime"]
     peak = torch.cuda.max_memory_allocated() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows = [
         ("loss before, held-out text", f"{before:.4f}"),
         ("loss after, held-out text", f"{after:.4f}"),
-        ("tokens a second", f"{steps * options.batch_size * options.seq_len / seconds:.0f}"),
+        ("tokens a second", f"{tokens / seconds:.0f}"),
         (f"peak {'GPU' if ON_GPU else 'process'} memory", f"{peak / 2**20:.0f} MiB"),
         ("seconds", f"{seconds:.1f}"),
         ("model", str(options.output / "model")),

@@ -29,7 +29,10 @@ def load_model(path: str | Path, bits: int, dtype: torch.dtype, mode: str, kerne
         if stored and stored.get("load_in_4bit"):
             settings["config"] = legacy_config(path)
         elif not stored and bits == 4:
-            settings["quantization_config"] = MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=dtype)
+            # Stored as a float, what is in 4 bit can be sharded by FSDP.
+            settings["quantization_config"] = MoeBitsAndBytesConfig(
+                bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype
+            )
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=DEVICE, **settings)
         kernelize_model(model, mode, source)
     except (FileNotFoundError, ValueError, OSError) as error:
