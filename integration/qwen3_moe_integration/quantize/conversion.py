@@ -5,8 +5,10 @@ parameter before it converts them, a whole stack in full precision; here they ar
 an error and drowns it in a report; here an error is raised at once.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from copy import copy
 from typing import Any, Optional
 
 import torch
@@ -44,6 +46,13 @@ class AsItIs(ConversionOps):
 
 class _Converter(WeightConverter):
     __slots__ = ()
+
+    def __deepcopy__(self, memo: dict) -> "_Converter":
+        """For every tensor of a checkpoint the loader makes a copy of its converter; those of tensors of one parameter
+        are thrown away but for one. What does not change is shared."""
+        twin = copy(self)
+        twin.collected_tensors, twin.layer_targets = defaultdict(list), defaultdict(set)
+        return twin
 
     def reverse_transform(self) -> WeightTransform:
         """Neither a renaming nor a conversion, so nothing: what was made here is saved as it is."""
