@@ -127,6 +127,14 @@ DAMAGE = [
     (lambda tensors: tensors.pop(f"{STACK}.absmax"), f"{STACK} is in 4 bit, but the checkpoint has no absmax of it"),
     (lambda tensors: tensors.pop(BLOB), f"{STACK} is in 4 bit, but the checkpoint has no quant_state of it"),
     (lambda tensors: tensors.pop(STACK), f"{STACK}: the checkpoint has 0 tensors .*, but 1 absmax"),
+    (
+        lambda tensors: [tensors.pop(key) for key in [*tensors] if key.startswith(STACK)],
+        f"{STACK}: the checkpoint has nothing of it",
+    ),
+    (
+        lambda tensors: [tensors.pop(key) for key in [*tensors] if "1.self_attn.v_proj" in key],
+        "model.layers.1.self_attn.v_proj.weight: the checkpoint has nothing of it",
+    ),
     (shortened(STACK), f"{STACK}: 6143 bytes instead of 6144"),
     (shortened(f"{STACK}.absmax"), f"{STACK}: 191 absmax instead of 192"),
     (shortened(f"{STACK}.nested_quant_map"), f"{STACK}: 255 nested_quant_map instead of 256"),

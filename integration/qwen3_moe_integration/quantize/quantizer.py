@@ -62,7 +62,14 @@ class MoeBitsAndBytesQuantizer(Bnb4BitHfQuantizer):
         if self.pre_quantized:
             for name in self.stacks:
                 _replace(model, name, model.get_parameter(name).to(config.bnb_4bit_quant_storage))
+            for name in self._in_4_bit(model):  # what is missing is an error later; random numbers cannot be 4 bit
+                model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+
+    def _in_4_bit(self, model: nn.Module) -> list[str]:
+        """The names of all parameters that are in 4 bit, or will be."""
+        linear = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+        return [*self.stacks, *linear]
 
     def _find_stacks(self, model: nn.Module) -> tuple[dict[str, torch.Size], list[str]]:
         unsupported_reason = registered_experts().unsupported_reason
@@ -128,6 +135,9 @@ class MoeBitsAndBytesQuantizer(Bnb4BitHfQuantizer):
         return None if isinstance(converter, Reader) else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name in self._in_4_bit(model):
+            if getattr(model.get_parameter(name), "quant_state", None) is None:
+                raise ValueError(f"{name}: the checkpoint has nothing of it")
         for name in self.stacks:
             module, _, projection = name.rpartition(".")
             place_stack(model.get_submodule(module), projection, model.get_parameter(name))
