@@ -4,8 +4,10 @@
     python examples/finetune.py --model Qwen/Qwen3-30B-A3B --dataset notes.jsonl
     python examples/finetune.py --resume                                    goes on from the last checkpoint
 
-The model is in 4 bit, its experts too, and is trained by LoRA on its attention and, with --expert-rank, on all experts.
-With --bits 16 it is loaded as it is, and the small one, whose weights are random, is trained whole.
+The model is in 4 bit, its experts too, and is trained by LoRA on its attention and on all experts. For a model of yours
+the defaults are those for a card of 24 GB: sequences of 4096 tokens, one a step, activations computed again in
+backward, adapters in bf16, Adam with 8-bit states. Whether that fits is worked out first. With --bits 16 the model is
+loaded as it is, and the small one, whose weights are random, is trained whole.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from loading import DEVICE, load_model
+from memory import collate_for_liger, in_bf16, plan_for, training_arguments
 from peft import LoraConfig, get_peft_model
 from tiny_checkpoint import small_model, texts
 from transformers import (
@@ -45,15 +48,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bits", type=int, choices=[4, 16], default=4, help="of the weights that are not trained")
     parser.add_argument("--trainer", choices=["trainer", "sft"], default="trainer")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, help="default: 4096, of the small model 128")
+    parser.add_argument("--batch-size", type=int, help="default: 1, of the small model 8")
     parser.add_argument("--lr", type=float, help="default: 3e-3 for the small model, 2e-4 for LoRA")
     parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA on attention")
-    parser.add_argument("--expert-rank", type=int, default=0, help="rank of the LoRA on all experts (default: none)")
+    parser.add_argument("--expert-rank", type=int, help="rank of the LoRA on all experts, 0 for none (default: --rank)")
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="less memory, a third more time; default: on, of the small model off",
+    )
+    parser.add_argument("--gpu-memory", type=float, help="GiB that the run may take (default: what the GPU has)")
+    parser.add_argument("--report-to", default="none", help="a tracker that the Trainer knows, such as tensorboard")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    defaults = {"seq_len": 4096, "batch_size": 1, "gradient_checkpointing": True, "lr": 2e-4}
+    if not options.model:
+        defaults = {"seq_len": 128, "batch_size": 8, "gradient_checkpointing": False, "lr": 3e-3}
+    for name, value in {**defaults, "expert_rank": options.rank}.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
 
 
 def read_texts(dataset: str | None, column: str) -> list[str]:
@@ -137,7 +153,8 @@ def with_adapter(model: torch.nn.Module, options: argparse.Namespace) -> torch.n
         lora = expert_lora_config(
             options.expert_rank, target_modules=attention, module_rank=options.rank, task_type="CAUSAL_LM"
         )
-    return get_peft_model(model, lora)
+    model = get_peft_model(model, lora, autocast_adapter_dtype=not options.model)
+    return in_bf16(model) if ON_GPU and options.model else model
 
 
 def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, held_out: Dataset) -> Trainer:
@@ -146,7 +163,7 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, 
         "max_steps": options.steps,
         "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": options.batch_size,
-        "learning_rate": options.lr or (2e-4 if options.model else 3e-3),
+        "learning_rate": options.lr,
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(10, options.steps // 10),
         "eval_strategy": "steps",
@@ -161,14 +178,20 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, 
         "bf16": ON_GPU,
         "use_cpu": not ON_GPU,
         "dataloader_pin_memory": ON_GPU,
-        "report_to": "none",
+        "report_to": options.report_to,
+        "load_best_model_at_end": not is_whole(options),  # of a whole model the Trainer would lose the experts
         "seed": 0,
     }
-    kind, config, collator = Trainer, TrainingArguments, default_data_collator
+    if ON_GPU and options.model:
+        arguments |= training_arguments()
+    kind, config = Trainer, TrainingArguments
+    collator = collate_for_liger if "use_liger_kernel" in arguments else default_data_collator
     if options.trainer == "sft":
         from trl import SFTConfig, SFTTrainer
 
-        kind, config, collator = SFTTrainer, SFTConfig, None  # its own adds the attention mask it counts tokens by
+        kind, config = SFTTrainer, SFTConfig
+        collator = None  # its own adds the attention mask that it counts tokens by
+        arguments.pop("use_liger_kernel", None)  # it has a loss of its own
         arguments |= {"max_length": options.seq_len, "dataset_kwargs": {"skip_prepare_dataset": True}}
     return kind(
         model=model,
@@ -220,6 +243,11 @@ def train(options: argparse.Namespace) -> Trainer:
             "--trainer sft: TRL computes the loss by a Triton kernel, which needs a GPU; take the default trainer, "
             "or set TRITON_INTERPRET=1 to have Triton's interpreter run it on the CPU, slowly"
         )
+    plan = plan_for(options) if options.model and (ON_GPU or options.gpu_memory) else None
+    if plan:
+        print(plan)
+        if not plan.fits:
+            raise SystemExit("The run does not fit: lower --seq-len, --batch-size or --expert-rank.")
     processes = PartialState(cpu=not ON_GPU)
     if not options.model:
         with processes.main_process_first():
@@ -236,7 +264,13 @@ def train(options: argparse.Namespace) -> Trainer:
     trainer = make_trainer(options, model, tokenizer, *pack(documents, tokenizer, options.seq_len))
     where = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"Training {options.steps} steps on {where}{f', going on from {checkpoint}' if checkpoint else ''} ...")
-    result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except torch.OutOfMemoryError as error:
+        longest = f" The longest sequence that should have fit: {plan.longest} tokens." if plan else ""
+        raise SystemExit(
+            f"{error}\nOut of memory: lower --seq-len, --batch-size or --expert-rank, then --resume.{longest}"
+        ) from error
     after = trainer.evaluate()["eval_loss"]
     save(trainer, options.output / "model")
     if not processes.is_main_process:

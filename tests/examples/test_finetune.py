@@ -73,6 +73,9 @@ def test_in_4_bit_the_loss_falls_too(adapter):
     before, after = _before_and_after((adapter / "printed").read_text())
     assert after < before - 0.02
     assert {path.name for path in (adapter / "model").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    state = json.loads((adapter / "checkpoints" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    evaluated = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert state["best_metric"] == min(evaluated[1:]) and after == pytest.approx(min(evaluated[1:]), abs=1e-4)
 
 
 @pytest.mark.parametrize("trained", ["whole", "adapter"])
@@ -136,6 +139,32 @@ def test_bad_text_is_named_before_training(finetune, whole, tmp_path, name, cont
         (tmp_path / name).write_text(content)
     arguments = ("--dataset", tmp_path / name, "--output", whole)
     assert message in finetune(*arguments, *SMALL, code=1)
+
+
+def test_a_run_that_does_not_fit_is_told_so_before_it_starts(finetune, whole, text, tmp_path):
+    arguments = ("--model", whole / "small-qwen3-moe", "--dataset", text, "--output", tmp_path)
+    printed = finetune(*arguments, "--gpu-memory", "0.5", code=1)
+    assert "4096 tokens a sequence: does not fit in 0.5 GiB." in printed
+    assert "The run does not fit: lower --seq-len, --batch-size or --expert-rank." in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_out_of_memory_says_what_to_lower(whole, text, tmp_path, kernel_dir, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import finetune
+
+    class Full:
+        def evaluate(self) -> dict:
+            return {"eval_loss": 1.0}
+
+        def train(self, **_) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(finetune, "make_trainer", lambda *_: Full())
+    model = ("--model", str(whole / "small-qwen3-moe"), "--output", str(tmp_path), "--kernel", str(kernel_dir))
+    options = finetune.parse([*model, "--dataset", str(text), "--seq-len", "32", "--gpu-memory", "2"])
+    with pytest.raises(SystemExit, match=r"(?s)Tried to allocate.*Out of memory: lower --seq-len.*fit: \d+ tokens"):
+        finetune.train(options)
 
 
 def _before_and_after(printed: str) -> tuple[float, float]:

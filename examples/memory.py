@@ -1,0 +1,55 @@
+"""Whether a run fits into the GPU, said before it starts, and what keeps a large model's step small."""
+
+import argparse
+import importlib.util
+
+import torch
+from loading import DEVICE
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator
+
+from qwen3_moe_integration.plan import Plan, Step, make_plan
+
+GIB = 2**30
+LIGER = DEVICE == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+LOSS_CHUNK = 16
+"""Liger's loss takes the logits of a chunk of tokens at a time, by itself so few that it reads the output head 64 times
+in a step; in chunks 16 times as large it is as fast as a single product."""
+
+
+def plan_for(options: argparse.Namespace) -> Plan:
+    """What a step of LoRA takes, from the model's config alone, beside what the card has."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model), dtype=torch.bfloat16)
+    step = Step(
+        seq_len=options.seq_len,
+        batch_size=options.batch_size,
+        rank=options.rank,
+        expert_rank=options.expert_rank,
+        bits=options.bits,
+        checkpointing=options.gradient_checkpointing,
+        chunked_loss=LIGER or options.trainer == "sft",
+    )
+    memory = options.gpu_memory * GIB if options.gpu_memory else torch.cuda.get_device_properties(0).total_memory
+    return make_plan(model, step, memory)
+
+
+def training_arguments() -> dict:
+    """Adam with 8-bit states, and Liger's norms and loss where it is installed; the experts are the kernel's."""
+    arguments = {"optim": "adamw_bnb_8bit"}
+    if LIGER:
+        arguments |= {"use_liger_kernel": True, "liger_kernel_config": {"swiglu": False}}
+    return arguments
+
+
+def collate_for_liger(rows: list) -> dict:
+    """A batch, and what Liger's loss should do with it: never hold all logits, in evaluation neither."""
+    return default_data_collator(rows) | {"skip_logits": True, "chunk_mem_const": LOSS_CHUNK}
+
+
+def in_bf16(model: nn.Module) -> nn.Module:
+    """The model with its adapters in bf16: half the memory for them and for their gradients."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
