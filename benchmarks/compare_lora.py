@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     results = {
         "command": shlex.join(["python", "benchmarks/compare_lora.py", *argv]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "complete": False,
         "environment": environment(options.device),
         "dtype": "bfloat16",
         "shape": asdict(options.shape),
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         save(results, options.out)
         times = (f"{r['peer']} {brief(r)}" for r in results["layer"] if r["tokens"] == tokens)
         print(f"{tokens} tokens, ms: {', '.join(times)}", flush=True)
+    results["complete"] = True
+    save(results, options.out)
     print(report(results))
 
 
@@ -151,7 +154,7 @@ def report(results: dict) -> str:
         f"{env['device']}, torch {env['torch']}, triton {env['triton']}; bf16, H {shape['hidden']}, "
         f"I {shape['intermediate']}, E {shape['experts']}, top-{shape['top_k']}, rank {results['rank']} on both "
         "projections. Forward and backward, gradients of hidden states, routing weights and, with adapters, factors.",
-        f"`{results['command']}`",
+        f"`{results['command']}`" + ("" if results["complete"] else " - not complete: it was interrupted"),
     ]
     for key, title in (("call_ms", "Milliseconds a call"), ("graph_ms", "Milliseconds in a CUDA graph")):
         parts.append(f"## {title}\n\n{table(results['layer'], key)}")

@@ -77,7 +77,7 @@ def plan(
 
 
 def regime(rows: int, weights: Tuple[Weight, ...], dtype: torch.dtype, device: torch.device) -> str:
-    """ "dense" if no weight is in 4 bit, else the fastest way that can take those that are.
+    """``dense`` if no weight is in 4 bit, else the fastest way that can take those that are.
 
     Args:
         rows: rows an expert, on average: what a launch can know without waiting for the device.
@@ -126,6 +126,7 @@ def _fits_fast(weight: FourBitWeight) -> bool:
 
 @functools.cache
 def has_byte_permute(device: torch.device) -> bool:
+    """An NVIDIA card from sm_80 on: one with PRMT, and with bf16 arithmetic beside it."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 

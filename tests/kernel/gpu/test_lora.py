@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ..adapted import AdaptedLayer, Adapter, assert_adapted_experts_agree
+from ..adapted import AdaptedLayer, Adapter, Quantization, assert_adapted_experts_agree
 from ..oracle import RATIO, assert_close
 from .shapes import DEEP, ODD, real
 
@@ -29,6 +29,12 @@ def launchers(kernel) -> SimpleNamespace:
 @pytest.mark.parametrize("tokens", [16, 300])
 def test_the_real_layer(kernel, tokens, adapter):
     assert_adapted_experts_agree(kernel, real(tokens), "cuda", BF16, adapter=adapter)
+
+
+@pytest.mark.parametrize("adapter", [AS_TRAINED, Adapter(40, 8, halves=2)], ids=repr)
+@pytest.mark.parametrize("problem", [real(1), real(16), real(130), replace(DEEP, I=256)], ids=repr)
+def test_over_4_bit_weights_in_each_of_their_tiles(kernel, problem, adapter):
+    assert_adapted_experts_agree(kernel, problem, "cuda", BF16, Quantization(), adapter)
 
 
 @pytest.mark.parametrize(

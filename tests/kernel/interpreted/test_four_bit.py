@@ -83,3 +83,33 @@ def test_one_projection_in_4_bit_beside_a_dense_one(triton_kernel, way):
         for gate_up_proj in (triton_kernel.four_bit_weight(parameter), decoded(parameter, torch.float32))
     ]
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", [Quantization(), Quantization("fp4", nested=False, blocksize=128)], ids=repr)
+def test_scales_are_packed_as_two_numbers_that_add_up(triton_kernel, launchers, quantization):
+    """For experts that have rows; fp16, as the interpreter knows no bf16."""
+    nibbles = importlib.import_module(f"{triton_kernel.__name__}.kernels.nibbles")
+    weight = triton_kernel.four_bit_weight(quantization.quantize(torch.randn(3, 80, 256)))
+    fast = launchers.fast_weight(weight, torch.tensor([2, 0, 1], dtype=torch.int32), torch.float16)
+    high, low = fast.scales.view(3, 4, 80, 1).view(torch.float16).double().unbind(-1)
+    absmax = weight.absmax
+    if quantization.nested:
+        nested = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)[: absmax.numel()]
+        absmax = weight.nested_code[absmax.long()] * nested + weight.nested_offset
+    absmax = absmax.repeat_interleave(weight.blocksize // 64).view(3, 80, 4).transpose(1, 2).double()
+    ref = absmax / nibbles.FACTORS[weight.quant_type]
+    for expert in (0, 2):
+        torch.testing.assert_close((high + low)[expert], ref[expert], rtol=2e-6, atol=1e-7)
+    table = torch.tensor(nibbles.table_words(weight.quant_type, "fp16")[0::2]).to(torch.uint32).view(torch.int32)
+    assert torch.equal(fast.table.view(4, 64), table[:, None].expand(4, 64))
+
+
+def test_columns_are_permuted_as_the_tensor_cores_hold_them(launchers):
+    """A thread c of four holds columns 2c, 2c + 1, 2c + 8 and 2c + 9 of four 16s; the packed row gives it 16 c on."""
+    x = torch.randn(9, 192)
+    place = {}
+    for c in range(4):
+        columns = [16 * part + 2 * c + offset for part in range(4) for offset in (0, 1, 8, 9)]
+        place |= dict(zip(columns, range(16 * c, 16 * c + 16)))
+    order = [64 * group + place[column] for group in range(3) for column in range(64)]
+    assert torch.equal(launchers.permuted(x), x[:, order])

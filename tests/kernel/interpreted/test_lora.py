@@ -105,6 +105,18 @@ def test_the_mask_is_bit_equal_to_the_references(kernel, launchers, seed, dropou
     assert torch.equal(kept.round().bool(), kernel.reference.keep_mask(order, width, dropout, seed, stream))
 
 
+def test_columns_that_were_permuted_for_4_bit_weights_meet_those_of_A(kernel, launchers):
+    files = [importlib.import_module(f"{kernel.__name__}.kernels.{name}") for name in ("adapter", "four_bit_fast")]
+    slots, width = 9, 128
+    order, _, _, tiles = launchers.routing(torch.randint(3, (slots, 1)), 3, 16)
+    factors = launchers.Lora(torch.randn(3, 5, width), torch.zeros(3, 8, 5), 1.0, 0.5)
+    pair = launchers.Projection(torch.empty(3, 8, width)), launchers.Projection(torch.empty(3, 8, width), factors)
+    adapter = files[0].adapters(*pair, torch.float32, torch.tensor([5]), 1, order, tiles, 16)[1]
+    x = torch.randn(slots, width)
+    ref, out = (adapter.forward_addition(t, permuted=t is not x).low_rank for t in (x, files[1].permuted(x)))
+    assert_close("x A^T", ref, out, RATIO[torch.float32])
+
+
 def test_backward_computes_only_what_is_asked_for(launchers):
     layer = AdaptedLayer(launchers, SMALL, Adapter(dtype=torch.float32), torch.float16)
     _, *saved = layer.forward(launchers.experts_forward)

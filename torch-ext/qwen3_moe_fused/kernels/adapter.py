@@ -33,9 +33,10 @@ class Adapter(NamedTuple):
     block_m: int
     narrow: Narrow
 
-    def forward_addition(self, x: Tensor, by_token: bool = False) -> Addition:
-        """What the projection of x (M, K), or (T, K) by token, gets added."""
-        return Addition(self._low_rank(x, self._factor_a(), by_token, self.lora.dropout), self._factor_b())
+    def forward_addition(self, x: Tensor, by_token: bool = False, permuted: bool = False) -> Addition:
+        """What the projection of x (M, K), or (T, K) by token, gets added; ``permuted`` as in ``four_bit_fast``."""
+        low_rank = self._low_rank(x, self._factor_a(), by_token, permuted, self.lora.dropout)
+        return Addition(low_rank, self._factor_b())
 
     def backward_addition(self, grad: Tensor, by_token: bool = False) -> Addition:
         """What the gradient of the projection's input gets added, from that of its result (M, N)."""
@@ -77,7 +78,9 @@ class Adapter(NamedTuple):
         )  # fmt: skip
         return tuple(f.new_empty(0) if grad is None else grad for f, grad in ((A, grad_A), (B, grad_B)))
 
-    def _low_rank(self, a: Tensor, factor: Factor, by_token: bool, dropout: float = 0.0) -> Tensor:
+    def _low_rank(
+        self, a: Tensor, factor: Factor, by_token: bool, permuted: bool = False, dropout: float = 0.0
+    ) -> Tensor:
         """(M, R): scaling times rows of a times F."""
         pointers, n, rank, halves = factor
         columns = rank * halves
@@ -87,7 +90,7 @@ class Adapter(NamedTuple):
         launch(
             low_rank_kernel, grid, tile.num_warps, tile.num_stages,
             a, pointers, self.order, self.tiles, self.seed, out, self.lora.scaling / (1.0 - dropout),
-            n, rank, halves, self.top_k, *a.stride(), by_token, drop_bound(dropout), self.stream,
+            n, rank, halves, self.top_k, *a.stride(), by_token, permuted, drop_bound(dropout), self.stream,
             self.block_m, rows, tile.block_n, tile.block_k,
         )  # fmt: skip
         return out

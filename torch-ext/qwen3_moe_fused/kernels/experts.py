@@ -52,15 +52,14 @@ def experts_forward(
     added = gate_up_adapter and gate_up_adapter.forward_addition(hidden_states, by_token=True)
     tokens = permuted(hidden_states) if permute else hidden_states
     intermediate, out_slots = hidden_states.new_empty(slots, width), hidden_states.new_empty(slots, hidden)
-    permute_down = permute and down_adapter is None
     tile = chosen.first.fit(width, hidden)
     for weight, expert in _parts(gate_up_proj, chosen, m_sizes, dtype, permute, out_slots):
         gate_up(
-            tokens, weight, order, tiles, k, activation, block_m, tile, saved, intermediate, added, expert, permute_down
+            tokens, weight, order, tiles, k, activation, block_m, tile, saved, intermediate, added, expert, permute
         )  # fmt: skip
-    added_down = down_adapter and down_adapter.forward_addition(intermediate)
+    added_down = down_adapter and down_adapter.forward_addition(intermediate, permuted=permute)
     tile = chosen.second.fit(hidden, width)
-    for weight, expert in _parts(down_proj, chosen, m_sizes, dtype, permute_down):
+    for weight, expert in _parts(down_proj, chosen, m_sizes, dtype, permute):
         linear_tiles(intermediate, weight, tiles, block_m, tile, out_slots, order, added_down, expert)
     out = combine(out_slots, top_k_weights, top_k_index, experts)
     rows = slots if save else 0

@@ -10,7 +10,8 @@ Decoding costs as much as multiplying, so this file spends as few instructions o
 3. Packed bytes are decoded in place. In a 16 x 16 operand a thread of the tensor cores holds columns 2c, 2c + 1,
    2c + 8 and 2c + 9; the packed row gives it eight neighbours. The order of a sum is free, so the columns of x are
    permuted instead, and the weights stay where they are (15 to 28 %). With few rows, x is permuted as it is loaded;
-   with more, a copy of it once before, and gate_up writes what down reads in that order (another 17 to 24 %).
+   with more, a copy of it once before, and gate_up writes what down reads in that order (another 17 to 24 % on an
+   H100).
 4. Backward needs w^T, whose packed dimension is the output. Nibbles of rows n and n + 1 are paired, looked up together
    and come out as the pair along n that the operand wants; the permutation is then one of the output's columns.
 5. ``absmax`` is prepared once a call by ``pack_scales``: decoded, divided by the codebook's FACTOR and split into two
@@ -20,7 +21,6 @@ On Hopper, ``_settle`` waits for the product before the next decode may overwrit
 (triton-lang/triton#9433).
 """
 
-import functools
 from typing import NamedTuple, Tuple
 
 import torch
@@ -32,7 +32,7 @@ from ..projection import FourBitWeight
 from ..tiling import Tile, cdiv, next_power_of_2
 from .four_bit import FourBitPointers, absmax_of
 from .launch import launch
-from .nibbles import FACTORS, decode_row, decode_two_rows, table_words
+from .nibbles import FACTORS, decode_row, decode_two_rows, even_words
 
 Tensor = torch.Tensor
 
@@ -40,7 +40,8 @@ SCALED_BLOCK = 64  # weights a prepared scale, whatever the stack's own blocksiz
 
 
 class FastPointers(NamedTuple):
-    """What a kernel takes: packed as int32 or int16 words, scales (E, K / 64, N) int32, table (4, 64) int32."""
+    """What a kernel takes: packed as int32 or int16 words, scales (E, K / 64, N) int32, table (4, 64) int32: the
+    even words of ``nibbles.table_words``, a copy for each lane."""
 
     packed: Tensor
     scales: Tensor
@@ -72,7 +73,7 @@ def _settle(step):
 
 
 @triton.jit
-def _column(p):
+def column_at(p):
     """The column of x that ``permute_columns`` puts at place p."""
     k = (p & 1) | (p >> 3 & 1) << 1 | (p >> 4 & 1) << 2 | (p >> 5 & 1) << 3 | (p >> 1 & 3) << 4 | p // 64 * 64
     return tl.max_contiguous(tl.multiple_of(k, [2]), [2])
@@ -107,7 +108,7 @@ def accumulate_rows(
     RUNS: tl.constexpr = BLOCK_K // 64
     t0, t1 = _table(w.table, 0, COLS, WORDS), _table(w.table, 1, COLS, WORDS)
     t2, t3 = _table(w.table, 2, COLS, WORDS), _table(w.table, 3, COLS, WORDS)
-    place = tl.arange(0, BLOCK_K) if FORMAT[3] else _column(tl.arange(0, BLOCK_K))
+    place = tl.arange(0, BLOCK_K) if FORMAT[3] else column_at(tl.arange(0, BLOCK_K))
     a_tile = a + rows.to(tl.int64)[:, None] * stride_am + place[None, :] * stride_ak
     row = expert.to(tl.int64) * N + cols
     q_tile = w.packed + row[:, None] * (K // 8) + tl.arange(0, WORDS)[None, :]
@@ -231,18 +232,23 @@ def permuted(x: Tensor) -> Tensor:
 @triton.jit
 def _pack_scales_kernel(
     # pointers
-    w, m_sizes, scales,
+    w, m_sizes, scales, table,
     # sizes
     N: tl.constexpr, K: tl.constexpr,
     # meta
-    FACTOR: tl.constexpr, DTYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    WORDS: tl.constexpr, FACTOR: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
     ROWS: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(N, ROWS), E): scales (E, K / 64, N) int32, two 16-bit numbers of which the sum is absmax / FACTOR.
+    """Grid (cdiv(N, ROWS), E): scales (E, K / 64, N) int32, two 16-bit numbers of which the sum is absmax / FACTOR;
+    and table (4, 64) int32, a row for each of the four WORDS.
 
     Experts without rows are left out.
     """
     expert = tl.program_id(1)
+    if (tl.program_id(0) == 0) & (expert == 0):
+        for i in tl.static_range(4):
+            tl.store(table + i * 64 + tl.arange(0, 64), tl.full((64,), WORDS[i], tl.int32))
     if tl.load(m_sizes + expert) == 0:
         return
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -287,21 +293,14 @@ def fast_weight(weight: FourBitWeight, m_sizes: Tensor, dtype: torch.dtype, perm
     multiples of 64. ``permuted`` says that what the stack multiplies comes with its columns permuted."""
     experts, n, k = weight.shape
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
-    scales = torch.empty(experts, k // SCALED_BLOCK, n, dtype=torch.int32, device=m_sizes.device)
+    blocks = k // SCALED_BLOCK
+    scales = torch.empty(experts * blocks * n + 256, dtype=torch.int32, device=m_sizes.device)
+    scales, table = scales[:-256], scales[-256:]  # the table is made anew each time: nothing is kept between calls
     rows = 64
     launch(
         _pack_scales_kernel, (cdiv(n, rows), experts), 4, 1,
-        FourBitPointers(*weight[:6]), m_sizes, scales, n, k, FACTORS[weight.quant_type], name,
-        weight.blocksize, weight.nested_blocksize, rows, next_power_of_2(k // SCALED_BLOCK),
+        FourBitPointers(*weight[:6]), m_sizes, scales, table, n, k,
+        even_words(weight.quant_type, name), FACTORS[weight.quant_type], name,
+        weight.blocksize, weight.nested_blocksize, rows, next_power_of_2(blocks),
     )  # fmt: skip
-    return FastWeight(
-        weight.packed, scales, device_table(weight.quant_type, name, m_sizes.device), weight.shape,
-        weight.quant_type, name, permuted,
-    )  # fmt: skip
-
-
-@functools.cache
-def device_table(quant_type: str, dtype: str, device: torch.device) -> Tensor:
-    """(4, 64) int32: the table's even words, a copy for each lane."""
-    words = [word - (1 << 32) if word >> 31 else word for word in table_words(quant_type, dtype)[0::2]]
-    return torch.tensor(words, dtype=torch.int32, device=device)[:, None].expand(4, 64).contiguous()
+    return FastWeight(weight.packed, scales, table, weight.shape, weight.quant_type, name, permuted)

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from ..tiling import next_power_of_2
+from .four_bit_fast import column_at
 from .product import clamp
 
 Tensor = torch.Tensor
@@ -153,12 +154,12 @@ def low_rank_kernel(
     # strides
     stride_am, stride_an,
     # meta
-    BY_TOKEN: tl.constexpr, DROP: tl.constexpr, STREAM: tl.constexpr,
+    BY_TOKEN: tl.constexpr, PERMUTED: tl.constexpr, DROP: tl.constexpr, STREAM: tl.constexpr,
     BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles * BLOCK_M // ROWS * cdiv(R, BLOCK_R),): ROWS rows of a tile, BLOCK_R columns.
 
-    a (M, N), or (T, N) if BY_TOKEN; factor (E, N, R), out (M, R), order (M,).
+    a (M, N), or (T, N) if BY_TOKEN, its columns PERMUTED as in four_bit_fast or not; factor (E, N, R), out (M, R).
     """
     R: tl.constexpr = RANK * HALVES
     blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
@@ -189,6 +190,8 @@ def low_rank_kernel(
             x = tl.load(at)
         else:
             x = tl.load(at, mask=(n < N)[None, :], other=0.0)
+        if PERMUTED:
+            n = column_at(n)
         if DROP:
             x = tl.where(_kept(slot, n, seed, N, DROP, STREAM), x, 0.0)
         f = _load_factor(factor, expert, n[:, None], r[None, :], N, RANK, HALVES, whole and R % BLOCK_R == 0)

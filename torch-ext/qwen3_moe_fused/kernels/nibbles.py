@@ -10,7 +10,7 @@ The functions return text for ``tl.inline_asm_elementwise``: results are $0, $1,
 """
 
 import functools
-from typing import List, Sequence
+from typing import List, Sequence, Tuple
 
 import torch
 
@@ -37,6 +37,12 @@ def table_words(quant_type: str, dtype: str) -> List[int]:
     code = code.to(_DTYPES[dtype])
     planes = code.view(torch.uint8).view(16, code.itemsize).t()
     return [int.from_bytes(bytes(word.tolist()), "little") for plane in planes for word in plane.view(4, 4)]
+
+
+@functools.cache
+def even_words(quant_type: str, dtype: str) -> Tuple[int, ...]:
+    """The words 0, 2, 4 and 6 of the table, as int32: those that the assembly takes in registers."""
+    return tuple(word - (word >> 31 << 32) for word in table_words(quant_type, dtype)[0::2])
 
 
 class _Assembly:
