@@ -109,6 +109,11 @@ def run_commands(text: str) -> None:
             assert main(words[3:]) == 0, line
         elif words[0] == "python":
             _check_options(ROOT / words[1], [word for word in words[2:] if word.startswith("--")])
+        elif words[0] in ("accelerate", "torchrun"):
+            files = [word for word in words if word.endswith((".py", ".yaml"))]
+            assert all((ROOT / file).is_file() for file in files), line
+            script = words.index(files[-1])
+            _check_options(ROOT / files[-1], [word for word in words[script + 1 :] if word.startswith("--")])
         elif words[0] == "make":
             assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), line
         elif words[:2] == ["pip", "install"]:

@@ -116,6 +116,7 @@ CHECKS = {
     "docs/other-models.md": check_other_models,
     "docs/convert.md": check_convert,
     "docs/tuning.md": check_commands_alone,
+    "docs/scaling.md": check_commands_alone,
     "benchmarks/README.md": check_commands_alone,
 }
 RUNNING = [page for page in PAGES if page not in ON_A_HUB and RUN & {block.language for block in blocks(ROOT / page)}]

@@ -12,7 +12,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations import replace_with_bnb_linear
 
 from qwen3_moe_integration.quantize import MoeBitsAndBytesConfig
-from qwen3_moe_integration.quantize.stacks import quantize_stack
+from qwen3_moe_integration.quantize.stacks import place_stack, quantize_stack
 
 DEVIATION = 0.02
 
@@ -40,10 +40,15 @@ def config(layers: int, **changes: int) -> Qwen3MoeConfig:
     )
 
 
-def random_4_bit_model(sizes: Qwen3MoeConfig, device: str, seed: int = 0) -> Qwen3MoeForCausalLM:
-    """The model, NF4 with double quantization in attention and experts, bf16 elsewhere."""
+def random_4_bit_model(
+    sizes: Qwen3MoeConfig, device: str, seed: int = 0, storage: torch.dtype = torch.uint8
+) -> Qwen3MoeForCausalLM:
+    """The model, NF4 with double quantization in attention and experts, bf16 elsewhere.
+
+    ``storage`` is the dtype that packed weights are kept as; FSDP wants a float.
+    """
     torch.manual_seed(seed)
-    settings = MoeBitsAndBytesConfig()
+    settings = MoeBitsAndBytesConfig(bnb_4bit_quant_storage=storage)
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM._from_config(sizes, dtype=torch.bfloat16)
     skipped = ["lm_head", *(name for name, _ in model.named_modules() if name.endswith("mlp.gate"))]
@@ -53,10 +58,14 @@ def random_4_bit_model(sizes: Qwen3MoeConfig, device: str, seed: int = 0) -> Qwe
         module = model.get_submodule(module_name)
         if parameter.dim() == 3:
             experts = (_normal(parameter.shape[1:], device) for _ in range(parameter.shape[0]))
-            setattr(module, last, quantize_stack(name, experts, parameter.shape, settings))
+            place_stack(module, last, quantize_stack(name, experts, parameter.shape, settings))
         elif hasattr(module, "quant_state"):
             full = type(parameter)(
-                _normal(parameter.shape, device), requires_grad=False, quant_type="nf4", compress_statistics=True
+                _normal(parameter.shape, device),
+                requires_grad=False,
+                quant_type="nf4",
+                compress_statistics=True,
+                quant_storage=storage,
             )
             module.weight = full.to(device)
             module.quant_state = module.weight.quant_state

@@ -26,7 +26,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 def start_server() -> None:
     """Its environment, which every rank gets, has no GPU and one thread."""
     _CONTEXT.set_forkserver_preload([*LIBRARIES, "transformers.trainer", "torch.distributed.fsdp"])
-    with _environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"):
+    with _environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"):
         forkserver.ensure_running()
 
 
@@ -80,6 +80,7 @@ def _rank(
     pipe: connection.Connection, rank: int, world_size: int, address: str, seed: int, function: Callable, arguments
 ) -> None:
     result, failure = None, None
+    torch.set_num_threads(1)
     try:
         if world_size > 1:
             _join(rank, world_size, address)

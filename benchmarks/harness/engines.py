@@ -1,0 +1,96 @@
+"""The engines that spread training over GPUs, each around a model with random weights.
+
+alone    no engine: every rank trains by itself
+ddp      LoRA over 4 bit, the whole model on every rank
+fsdp2    the same, every decoder layer sharded over the ranks
+whole    all weights in bf16, sharded by FSDP2
+ep       all weights in bf16: experts stay with the rank that has them and tokens travel, the rest is sharded
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.distributed import DistributedConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
+
+from qwen3_moe_integration import KernelSource, kernelize_model, register
+
+from .model import random_4_bit_model
+
+ENGINES = ("alone", "ddp", "fsdp2", "whole", "ep")
+LORA = {
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
+
+
+def build(engine: str, sizes: Qwen3MoeConfig, rank: int, kernel: KernelSource, device: torch.device) -> nn.Module:
+    """The model, wrapped and ready to train.
+
+    Args:
+        engine: one of ENGINES.
+        sizes: of the model.
+        rank: of the LoRA on attention and all experts, where there is one.
+        kernel: where the kernel comes from.
+        device: this process's.
+    """
+    torch.manual_seed(0)
+    if engine == "ep":
+        return _checkpointed(_expert_parallel(sizes, kernel, device))
+    if engine == "whole":
+        with device:
+            model = Qwen3MoeForCausalLM._from_config(sizes, dtype=torch.bfloat16)
+        model = kernelize_model(_checkpointed(model), kernel=kernel)
+    else:
+        model = random_4_bit_model(sizes, device.type, storage=torch.bfloat16)
+        model = kernelize_model(_checkpointed(model), kernel=kernel)
+        model.enable_input_require_grads()
+        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, **LORA), autocast_adapter_dtype=False)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    if engine == "ddp":
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if engine in ("fsdp2", "whole"):
+        for layer in [module for module in model.modules() if isinstance(module, Qwen3MoeDecoderLayer)]:
+            fully_shard(layer)
+        fully_shard(model)
+    return model
+
+
+def _expert_parallel(sizes: Qwen3MoeConfig, kernel: KernelSource, device: torch.device) -> nn.Module:
+    """Transformers shares experts out while it loads, so there has to be a checkpoint; the first rank writes it."""
+    register(kernel)
+    folder = [tempfile.mkdtemp()] if distributed.get_rank() == 0 else [None]
+    distributed.broadcast_object_list(folder)
+    if distributed.get_rank() == 0:
+        with device:
+            model = Qwen3MoeForCausalLM._from_config(sizes, dtype=torch.bfloat16)
+        model.save_pretrained(folder[0])
+        del model
+    distributed.barrier()
+    ranks = distributed.get_world_size()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder[0],
+        dtype=torch.bfloat16,
+        experts_implementation="qwen3_moe_fused",
+        distributed_config=DistributedConfig(fsdp_size=ranks, ep_size=ranks),
+    )
+    distributed.barrier()
+    if distributed.get_rank() == 0:
+        shutil.rmtree(folder[0])
+    return model
+
+
+def _checkpointed(model: nn.Module) -> nn.Module:
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()

@@ -1,0 +1,176 @@
+"""Tokens a second, scaling efficiency and peak memory of every engine, on whatever GPUs there are.
+
+    torchrun --nproc-per-node=2 benchmarks/scaling.py --kernel . --layers 4 --out benchmarks/results/h100-x2
+
+Runs on one GPU too, and without any, over gloo, with --tiny. Every rank trains on one sequence a step, with gradient
+checkpointing. The efficiency of LoRA engines is their tokens a second divided by those of as many GPUs alone, which
+are timed in the same run; that of the engines that train all weights is relative to FSDP2. A step takes as long as its
+slowest rank. Writes scaling.json and scaling.md into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from harness.engines import ENGINES, build
+from harness.environment import environment
+from harness.measure import synchronize
+from harness.model import config
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+
+from qwen3_moe_integration import KernelSource
+
+GIB = 2**30
+WARM_UP = 2
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_experts": 8,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", type=Path, help="a local build instead of the Hub's")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=4096, help="of a sequence")
+    parser.add_argument("--rank", type=int, default=16, help="of the LoRA on attention and all experts")
+    parser.add_argument("--steps", type=int, default=8, help="the first two are not counted")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: tries this script, on a CPU too")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    init_device_mesh(device.type, (int(os.environ["WORLD_SIZE"]),))
+    ranks = distributed.get_world_size()
+    runs = []
+    for engine in options.engines:
+        runs.append({"engine": engine, **run(engine, options, device)})
+        if distributed.get_rank() == 0:
+            print(json.dumps(runs[-1]), flush=True)
+    add_efficiency(runs)
+    if distributed.get_rank() == 0:
+        write(
+            {
+                "command": shlex.join(["python", "benchmarks/scaling.py", *(sys.argv[1:] if argv is None else argv)]),
+                "environment": environment(device.type),
+                "ranks": ranks,
+                "layers": options.layers,
+                "tokens": options.tokens,
+                "rank": options.rank,
+                "runs": runs,
+            },
+            options.out,
+        )
+    distributed.destroy_process_group()
+
+
+def run(engine: str, options: argparse.Namespace, device: torch.device) -> dict:
+    """Times one engine; what it held is free again afterwards."""
+    sizes = config(options.layers, **TINY if options.tiny else {})
+    kernel = KernelSource(path=options.kernel) if options.kernel else KernelSource()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    model = build(engine, sizes, options.rank, kernel, device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    torch.manual_seed(distributed.get_rank())
+    ids = torch.randint(sizes.vocab_size, (1, options.tokens), device=device)
+    times, losses = [], []
+    for _ in range(options.steps):
+        distributed.barrier()
+        synchronize(device.type)
+        start = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+        del loss
+        synchronize(device.type)
+        times.append(time.perf_counter() - start)
+    slowest = largest(torch.tensor(times, dtype=torch.float64, device=device))
+    seconds = statistics.median(slowest[min(WARM_UP, options.steps - 1) :])
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    (peak,) = largest(torch.tensor([peak], dtype=torch.float64, device=device))
+    first, last = (loss.item() for loss in (losses[0], losses[-1]))
+    if not last < first:
+        raise SystemExit(f"{engine}: the loss did not fall: {first} to {last}")
+    del model, optimizer, trained, losses
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {
+        "step_ms": 1e3 * seconds,
+        "tokens_per_second": distributed.get_world_size() * options.tokens / seconds,
+        "peak_gib": peak / GIB if peak else None,
+        "first_loss": first,
+        "last_loss": last,
+    }
+
+
+def largest(values: torch.Tensor) -> list[float]:
+    """Of all ranks, entry by entry."""
+    distributed.all_reduce(values, distributed.ReduceOp.MAX)
+    return values.tolist()
+
+
+def add_efficiency(runs: list[dict]) -> None:
+    """Relative to "alone" for engines that train adapters, to "whole" for those that train everything."""
+    speeds = {run["engine"]: run["tokens_per_second"] for run in runs}
+    for run in runs:
+        base = "whole" if run["engine"] in ("whole", "ep") else "alone"
+        run["relative_to"], run["efficiency"] = base, None
+        if base in speeds:
+            run["efficiency"] = run["tokens_per_second"] / speeds[base]
+
+
+def write(result: dict, folder: Path) -> None:
+    """Beside and renamed: whoever reads them finds whole files."""
+    env = result["environment"]
+    lines = [
+        f"{result['ranks']} x {env['device']}, torch {env['torch']}; {result['layers']} layers of Qwen3-30B-A3B, "
+        f"{result['tokens']} tokens a rank and step, LoRA rank {result['rank']}.",
+        "",
+        f"`{result['command']}`",
+        "",
+        "| engine | ms a step | tokens a second | efficiency | relative to | peak GiB |",
+        "| --- | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for run in result["runs"]:
+        efficiency = "" if run["efficiency"] is None else f"{run['efficiency']:.0%}"
+        peak = "" if run["peak_gib"] is None else f"{run['peak_gib']:.2f}"
+        lines.append(
+            f"| {run['engine']} | {run['step_ms']:.1f} | {run['tokens_per_second']:.0f} | {efficiency} "
+            f"| {run['relative_to']} | {peak} |"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("scaling.json", json.dumps(result, indent=1)), ("scaling.md", "\n".join(lines))):
+        beside = folder / f".{name}.{os.getpid()}"
+        beside.write_text(text + "\n")
+        beside.replace(folder / name)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
