@@ -43,6 +43,7 @@ class MoeBitsAndBytesQuantizer(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, device_map: Any, checkpoint_files: Optional[list[str]] = None, **kwargs: Any
     ) -> None:
+        _refuse_sharing_out(model)
         config = self.quantization_config
         save_id = config.save_id if self.pre_quantized else None
         self._saved_names = check_files(checkpoint_files or (), save_id)
@@ -161,6 +162,18 @@ class MoeBitsAndBytesQuantizer(Bnb4BitHfQuantizer):
             model.get_submodule(name.rpartition(".")[0]).quant_states = {}
         model._weight_conversions = None  # saved from now on as a model that was never quantized
         return model
+
+
+def _refuse_sharing_out(model: nn.Module) -> None:
+    """Transformers would cut packed bytes as if they were rows of weights."""
+    distributed = getattr(model.config, "distributed_config", None)
+    sizes = {name: getattr(distributed, name, None) or 1 for name in ("tp_size", "fsdp_size", "pp_size")}
+    if any(size > 1 for size in sizes.values()):
+        raise ValueError(
+            "distributed_config must not share out a model that loads in 4 bit, got "
+            f"{', '.join(f'{name}={size}' for name, size in sizes.items())}; load it whole on each rank, then train it "
+            "under DDP or FSDP2"
+        )
 
 
 def _routers(model: nn.Module) -> list[str]:

@@ -104,3 +104,16 @@ def refuse(source, checkpoint, plan: str) -> None:
 @pytest.mark.parametrize("plan", ["tensor", "expert, masked"])
 def test_kernelize_model_refuses_what_is_sharded_and_leaves_it(on_two_ranks, source, checkpoint, plan):
     on_two_ranks(refuse, source, checkpoint, plan)
+
+
+def refuse_4_bit(source, checkpoint, plan: str) -> None:
+    register(source)
+    with pytest.raises(ValueError, match="distributed_config must not share out a model that loads in 4 bit"):
+        AutoModelForCausalLM.from_pretrained(
+            checkpoint, quantization_config=training.FOUR_BIT, distributed_config=DistributedConfig(**PLANS[plan])
+        )
+
+
+@pytest.mark.parametrize("plan", ["expert, dispatched", "data"])
+def test_a_plan_for_a_model_in_4_bit_is_refused(on_two_ranks, source, checkpoint, plan):
+    on_two_ranks(refuse_4_bit, source, checkpoint, plan)
