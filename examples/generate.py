@@ -1,9 +1,10 @@
 """Generates text with a Qwen3-MoE whose experts are in 4 bit, on the qwen3-moe-fused kernel.
 
     python examples/generate.py --model Qwen/Qwen3-30B-A3B --prompt "The capital of France is"
+    python examples/generate.py --model Qwen/Qwen3-30B-A3B --adapter outputs/finetune/model      with what was trained
     python examples/generate.py                                 a small model, made on the spot: its text is noise
 
-Prints the text, tokens a second and memory.
+Prints the text as it comes, tokens a second of the prompt and of what follows, and memory.
 """
 
 import argparse
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import torch
 from loading import DEVICE, load_model
+from peft import PeftModel
 from tiny_checkpoint import small_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TextStreamer
 
 ON_GPU = DEVICE == "cuda"
 
@@ -23,6 +25,7 @@ ON_GPU = DEVICE == "cuda"
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id of a Qwen3-MoE (default: a small one, made in --output)")
+    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter of that model")
     parser.add_argument("--prompt", default="A grouped product multiplies every row by")
     parser.add_argument("--tokens", type=int, default=64, help="how many to generate")
     parser.add_argument("--bits", type=int, choices=[4, 16], default=4, help="of the weights of attention and experts")
@@ -30,6 +33,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--save", type=Path, help="folder to save the model in, to load it faster the next time")
     parser.add_argument("--output", type=Path, default=Path("outputs/generate"))
     return parser.parse_args()
+
+
+class TimedStreamer(TextStreamer):
+    """Prints text as it comes, and keeps when each token came: ``times[0]`` is the start."""
+
+    def __init__(self, tokenizer) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.times = []
+
+    def put(self, value: torch.Tensor) -> None:
+        super().put(value)  # the prompt comes first, before the model sees it
+        self.times.append(time.perf_counter())
 
 
 def main() -> None:
@@ -41,22 +56,24 @@ def main() -> None:
     if options.save:
         model.save_pretrained(options.save)
         tokenizer.save_pretrained(options.save)
+    if options.adapter:
+        model = PeftModel.from_pretrained(model, options.adapter)
     inputs = tokenizer(options.prompt, return_tensors="pt").to(DEVICE)
-    generate = {"do_sample": False, "min_new_tokens": options.tokens, "max_new_tokens": options.tokens}
-    model.generate(**inputs, **generate | {"min_new_tokens": 2, "max_new_tokens": 2})  # compiles what is to be compiled
-    start = time.perf_counter()
-    (out,) = model.generate(**inputs, **generate)
-    text = tokenizer.decode(out, skip_special_tokens=True)  # waits for the GPU
-    seconds = time.perf_counter() - start
+    model.generate(**inputs, do_sample=False, min_new_tokens=2, max_new_tokens=2)  # compiles what is to be compiled
+    print()
+    streamer = TimedStreamer(tokenizer)
+    model.generate(**inputs, do_sample=False, max_new_tokens=options.tokens, streamer=streamer)
+    start, first, *rest = streamer.times
 
     weights = sum({x.data_ptr(): x.nbytes for x in model.state_dict().values()}.values())
     peak = torch.cuda.max_memory_allocated() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows = [
-        ("tokens a second", f"{options.tokens / seconds:.1f}"),
+        ("prompt, tokens a second", f"{inputs.input_ids.numel() / (first - start):.1f}"),
+        ("then, tokens a second", f"{len(rest) / (rest[-1] - first):.1f}" if rest else "no second token"),
         ("memory of the weights", f"{weights / 2**20:.1f} MiB"),
         (f"peak {'GPU' if ON_GPU else 'process'} memory", f"{peak / 2**20:.0f} MiB"),
     ]
-    print(f"\n{text}\n\n" + "\n".join(f"{name:28s} {value}" for name, value in rows))
+    print("\n" + "\n".join(f"{name:28s} {value}" for name, value in rows))
 
 
 if __name__ == "__main__":

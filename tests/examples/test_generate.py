@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from qwen3_moe_integration import expert_lora_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,6 +32,7 @@ def generate(kernel_dir, tmp_path_factory):
         assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
         return ran.stdout
 
+    run.output = output
     return run
 
 
@@ -37,10 +43,26 @@ def test_4_bit_weights_generate_take_less_memory_and_say_the_same_when_saved(gen
     assert "bitsandbytes_moe" in (tmp_path / "saved" / "config.json").read_text()
     for printed in (full, first, again):
         assert "Kernel: 3 Mixture-of-Experts layers" in printed
-        assert float(re.search(r"tokens a second +(\S+)", printed)[1]) > 0
+        for when in ("prompt", "then"):
+            assert float(re.search(rf"{when}, tokens a second +(\S+)", printed)[1]) > 0
         assert re.search(r"peak (GPU|process) memory +[1-9]\d* MiB", printed)
     assert 3 * _weights(first) < _weights(full) and _weights(again) == _weights(first)
     assert _text(again) == _text(first)
+
+
+def test_an_adapter_changes_what_is_said(generate, tmp_path):
+    """One of zeros says the same as the model alone, one of large numbers something else."""
+    base = generate()
+    model = AutoModelForCausalLM.from_pretrained(generate.output / "small-qwen3-moe")
+    model = get_peft_model(model, expert_lora_config(2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "zeros")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "noise")
+    zeros, noise = (generate("--adapter", tmp_path / name) for name in ("zeros", "noise"))
+    assert _text(zeros) == _text(base) != _text(noise)
 
 
 def _weights(printed: str) -> float:
@@ -49,4 +71,4 @@ def _weights(printed: str) -> float:
 
 def _text(printed: str) -> str:
     """The prompt, how it goes on, and nothing of the table that follows."""
-    return re.search(r"^A grouped product.+?(?=\n\ntokens a second)", printed, re.DOTALL | re.MULTILINE)[0]
+    return re.search(r"^A grouped product.+?(?=\n\nprompt, tokens a second)", printed, re.DOTALL | re.MULTILINE)[0]
