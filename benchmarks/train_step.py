@@ -59,6 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--no-liger", dest="liger", action="store_false", help="Transformers' own norms, rotary and loss"
     )
     parser.add_argument("--loss-chunk", type=int, default=16, help="Liger's chunk_mem_const; its own default is 1")
+    parser.add_argument("--compile", action="store_true", help="compile each decoder layer, whole")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: tries this script, on a CPU too")
     return parser.parse_args(argv)
 
@@ -73,7 +74,11 @@ def build(options: argparse.Namespace, sizes: Qwen3MoeConfig, device: str) -> to
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=ATTENTION, target_parameters=EXPERTS)
+    layers = model.model.layers
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    if options.compile:
+        for layer in layers:
+            layer.compile(fullgraph=True)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
