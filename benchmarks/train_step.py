@@ -79,9 +79,6 @@ def build(options: argparse.Namespace, sizes: Qwen3MoeConfig, device: str) -> to
     if options.compile:
         for layer in layers:
             layer.compile(fullgraph=True)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
     return model.train()
 
 

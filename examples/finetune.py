@@ -22,7 +22,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from loading import DEVICE, load_model
-from memory import collate_for_liger, in_bf16, plan_for, training_arguments
+from memory import collate_for_liger, plan_for, training_arguments
 from peft import LoraConfig, get_peft_model
 from tiny_checkpoint import small_model, texts
 from transformers import (
@@ -153,8 +153,8 @@ def with_adapter(model: torch.nn.Module, options: argparse.Namespace) -> torch.n
         lora = expert_lora_config(
             options.expert_rank, target_modules=attention, module_rank=options.rank, task_type="CAUSAL_LM"
         )
-    model = get_peft_model(model, lora, autocast_adapter_dtype=not options.model)
-    return in_bf16(model) if ON_GPU and options.model else model
+    # For a model of yours adapters have its dtype, bf16 on a GPU; PEFT would make them fp32.
+    return get_peft_model(model, lora, autocast_adapter_dtype=not options.model)
 
 
 def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, held_out: Dataset) -> Trainer:

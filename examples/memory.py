@@ -5,7 +5,6 @@ import importlib.util
 
 import torch
 from loading import DEVICE
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator
 
 from qwen3_moe_integration.plan import Plan, Step, make_plan
@@ -45,11 +44,3 @@ def training_arguments() -> dict:
 def collate_for_liger(rows: list) -> dict:
     """A batch, and what Liger's loss should do with it: never hold all logits, in evaluation neither."""
     return default_data_collator(rows) | {"skip_logits": True, "chunk_mem_const": LOSS_CHUNK}
-
-
-def in_bf16(model: nn.Module) -> nn.Module:
-    """The model with its adapters in bf16: half the memory for them and for their gradients."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return model
