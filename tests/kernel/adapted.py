@@ -110,7 +110,7 @@ def assert_adapted_experts_agree(
         return oracle.experts(hidden, index, weights, gate_up_proj, down_proj, problem.activation)
 
     ref, ref_grads = oracle.gradients(dense, inputs | factors, trained, grad_output)
-    ratio = ratio or RATIO[dtype]
+    ratio = ratio or RATIO[dtype] * (4 / 3 if adapter else 1)  # x A^T is a fourth rounding beside the layer's three
     assert out.dtype == dtype
     assert_close("output", ref, out, ratio)
     for name, ref_grad, grad in zip(trained, ref_grads, grads):
