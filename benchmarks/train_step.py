@@ -2,11 +2,13 @@
 
     python benchmarks/train_step.py --kernel . --layers 8 --tokens 1024 4096 8192 --profile 4096
     python benchmarks/train_step.py --kernel . --layers 48 --tokens 4096 --steps 20 --gpu-memory 24
+    python benchmarks/train_step.py --stock --layers 8 --tokens 1024 4096 8192
 
 NF4 weights with double quantization, LoRA on attention and all experts, gradient checkpointing, a chunked loss, 8-bit
 Adam, one sequence a step. --gpu-memory caps what the process may allocate, less the context, as a card of that size
-would. The same tokens come back every step, so the loss must fall; the run fails if it does not. Writes
-train_step.json and train_step.md into --out.
+would. The same tokens come back every step, so the loss must fall; the run fails if it does not. --stock is
+Transformers and PEFT as they are: experts in bf16 by grouped_mm, W + BA built for all of them. Writes
+train_step-*.json and train_step-*.md into --out.
 """
 
 from __future__ import annotations
@@ -59,18 +61,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--no-liger", dest="liger", action="store_false", help="Transformers' own norms, rotary and loss"
     )
     parser.add_argument("--loss-chunk", type=int, default=16, help="Liger's chunk_mem_const; its own default is 1")
+    parser.add_argument("--stock", action="store_true", help="Transformers and PEFT without the kernel")
     parser.add_argument("--compile", action="store_true", help="compile each decoder layer, whole")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: tries this script, on a CPU too")
     return parser.parse_args(argv)
 
 
 def build(options: argparse.Namespace, sizes: Qwen3MoeConfig, device: str) -> torch.nn.Module:
-    model = random_4_bit_model(sizes, device)
+    model = random_4_bit_model(sizes, device, experts_in_4_bit=not options.stock)
     if options.liger:
         from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
 
         apply_liger_kernel_to_qwen3_moe(model=model, swiglu=False)
-    kernelize_model(model, "training", KernelSource(path=options.kernel) if options.kernel else KernelSource())
+    if options.stock:
+        model.set_experts_implementation("grouped_mm")
+    else:
+        kernelize_model(model, "training", KernelSource(path=options.kernel) if options.kernel else KernelSource())
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=ATTENTION, target_parameters=EXPERTS)
@@ -115,13 +121,15 @@ def main(argv: list[str] | None = None) -> None:
         run = measure(step, ids, options.steps, device)
         if not run["last_loss"] < run["first_loss"]:
             raise SystemExit(f"{tokens} tokens: the loss did not fall: {run['first_loss']} to {run['last_loss']}")
-        planned = make_plan(in_full, Step(tokens, rank=options.rank, expert_rank=options.rank), 24 * GIB)
-        run["planned_gib"] = (planned.peak - planned.parts["CUDA context"]) / GIB
+        if not options.stock:
+            planned = make_plan(in_full, Step(tokens, rank=options.rank, expert_rank=options.rank), 24 * GIB)
+            run["planned_gib"] = (planned.peak - planned.parts["CUDA context"]) / GIB
         runs.append({"tokens": tokens, **run})
         print(json.dumps(runs[-1]), flush=True)
     result = {
         "command": command(argv or sys.argv[1:]),
         "environment": environment(device),
+        "stock": options.stock,
         "layers": options.layers,
         "rank": options.rank,
         "trained_parameters": sum(p.numel() for p in trained),
@@ -199,7 +207,7 @@ def synchronize(device: str) -> None:
 
 def write(result: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"train_step-{result['layers']}-layers"
+    name = f"train_step-{result['layers']}-layers{'-stock' if result['stock'] else ''}"
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     lines = [
         f"# Training step, {result['layers']} layers, LoRA rank {result['rank']}",
@@ -213,10 +221,10 @@ def write(result: dict, folder: Path) -> None:
         "|---|---|---|---|---|---|",
     ]
     for run in result["runs"]:
-        peak = "" if run["peak_gib"] is None else f"{run['peak_gib']:.2f}"
+        peak, planned = (f"{run[key]:.2f}" if run.get(key) else "" for key in ("peak_gib", "planned_gib"))
         lines.append(
             f"| {run['tokens']} | {run['step_ms']:.1f} | {run['tokens_per_second']:.0f} | {peak} "
-            f"| {run['planned_gib']:.2f} | {run['first_step_s']:.1f} |"
+            f"| {planned} | {run['first_step_s']:.1f} |"
         )
     if "profile" in result:
         found = result["profile"]

@@ -41,11 +41,16 @@ def config(layers: int, **changes: int) -> Qwen3MoeConfig:
 
 
 def random_4_bit_model(
-    sizes: Qwen3MoeConfig, device: str, seed: int = 0, storage: torch.dtype = torch.uint8
+    sizes: Qwen3MoeConfig,
+    device: str,
+    seed: int = 0,
+    storage: torch.dtype = torch.uint8,
+    experts_in_4_bit: bool = True,
 ) -> Qwen3MoeForCausalLM:
     """The model, NF4 with double quantization in attention and experts, bf16 elsewhere.
 
-    ``storage`` is the dtype that packed weights are kept as; FSDP wants a float.
+    ``storage`` is the dtype that packed weights are kept as; FSDP wants a float. Transformers' own 4 bit leaves the
+    experts in bf16, as this does without ``experts_in_4_bit``.
     """
     torch.manual_seed(seed)
     settings = MoeBitsAndBytesConfig(bnb_4bit_quant_storage=storage)
@@ -56,7 +61,7 @@ def random_4_bit_model(
     for name, parameter in list(model.named_parameters()):
         module_name, _, last = name.rpartition(".")
         module = model.get_submodule(module_name)
-        if parameter.dim() == 3:
+        if parameter.dim() == 3 and experts_in_4_bit:
             experts = (_normal(parameter.shape[1:], device) for _ in range(parameter.shape[0]))
             place_stack(module, last, quantize_stack(name, experts, parameter.shape, settings))
         elif hasattr(module, "quant_state"):

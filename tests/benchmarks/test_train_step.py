@@ -21,3 +21,15 @@ def test_a_tiny_model_trains_and_is_measured(kernel_dir, tmp_path, capsys):
     attention = 2 * 16 * ((64 + 64) + 2 * (64 + 32) + (64 + 64))
     assert result["trained_parameters"] == experts + attention
     assert result["profile"]["kernels"] and (tmp_path / "train_step-2-layers.md").exists()
+
+
+def test_stock_libraries_train_the_same_parameters_from_about_the_same_loss(kernel_dir, tmp_path):
+    import train_step
+
+    arguments = ["--tiny", "--no-liger", "--layers", "1", "--tokens", "16", "--steps", "2", "--out", str(tmp_path)]
+    train_step.main([*arguments, "--stock"])
+    train_step.main([*arguments, "--kernel", str(kernel_dir)])
+    ours, stock = (json.loads((tmp_path / f"train_step-1-layers{name}.json").read_text()) for name in ("", "-stock"))
+    assert stock["stock"] and not ours["stock"]
+    assert stock["trained_parameters"] == ours["trained_parameters"]
+    assert stock["runs"][0]["first_loss"] == pytest.approx(ours["runs"][0]["first_loss"], rel=0.05)
