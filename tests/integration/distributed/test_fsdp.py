@@ -1,16 +1,19 @@
 """FSDP2 (``fully_shard``): parameters lie in halves, and the kernel reads them gathered, whatever wraps them."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
+import torch
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeExperts
 
 from tests.integration.distributed import training
 from tests.integration.models import ExpertsCalls
+from tests.kernel.oracle import assert_close
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 WRAPPED = {
@@ -20,12 +23,12 @@ WRAPPED = {
 }
 
 
-def shard(model: nn.Module, wrapped: str) -> nn.Module:
+def shard(model: nn.Module, wrapped: str, **settings: Any) -> nn.Module:
     for kind in WRAPPED[wrapped]:
         for module in [*model.modules()]:
             if isinstance(module, kind):
-                fully_shard(module)
-    return fully_shard(model)
+                fully_shard(module, **settings)
+    return fully_shard(model, **settings)
 
 
 def train(source, checkpoint, kind: str, wrapped: str, checkpointing: bool) -> None:
@@ -57,3 +60,22 @@ def test_training_is_that_of_one_process(on_two_ranks, source, checkpoint, kind,
 @pytest.mark.parametrize("wrapped", ["layers", "experts"])
 def test_training_with_checkpointing_is_that_of_one_process(on_two_ranks, source, checkpoint, kind, wrapped):
     on_two_ranks(train, source, checkpoint, kind, wrapped, True)
+
+
+def train_in_bf16(source, checkpoint, wrapped: str) -> None:
+    """As Accelerate has it: factors in fp32, gathered as bf16, beside packed bytes that are kept as bf16."""
+    alone, model = training.twins("4 bit", source, checkpoint)
+    shard(model, wrapped, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    batch, share = training.batch_and_share()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = training.average(training.loss(model, share).detach()), training.loss(alone, batch)
+        training.loss(model, share).backward()
+    assert_close("loss", want, got, 1e-2)
+    grads = [p.grad.full_tensor() for p in training.trained(model).values()]
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
+    assert sum(bool(grad.any()) for grad in grads) == len(grads)
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_packed_bytes_survive_mixed_precision(on_two_ranks, source, checkpoint, wrapped):
+    on_two_ranks(train_in_bf16, source, checkpoint, wrapped)
