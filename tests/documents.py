@@ -60,10 +60,12 @@ def run(page: Path, chosen: list[Block], folder: Path, check: Callable[[list[dic
 def in_own_process(function: Callable, *arguments: Any, folder: Path, environment: dict[str, str]) -> None:
     """Calls a function of a module in a process that runs in ``folder``; an AssertionError if it raises.
 
-    The process is a fork of one that has imported the libraries, since that takes longer than all pages. Where there is
-    a GPU it is a new one: what a library has asked CUDA cannot be forked.
+    The process is a fork of one that has imported the libraries, since that takes longer than all pages. It is a new
+    one where there is a GPU, for what a library has asked CUDA cannot be forked, and where Triton is to interpret,
+    which it decides as it is imported.
     """
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    new = torch.cuda.is_available() or "TRITON_INTERPRET" in environment
+    context = multiprocessing.get_context("spawn" if new else "forkserver")
     multiprocessing.set_forkserver_preload(PRELOADED)
     log = folder.with_suffix(".log")
     process = context.Process(target=_call, args=(function, arguments, folder, environment, log))

@@ -91,6 +91,7 @@ def _rank(
     sys.stdout.flush()
     pipe.send((result, failure))
     if failure is None and distributed.is_initialized():
+        distributed.barrier()  # another rank may still be setting up a group with this one
         distributed.destroy_process_group()
 
 
