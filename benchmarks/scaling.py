@@ -24,7 +24,7 @@ import torch
 from harness.engines import ENGINES, build
 from harness.environment import environment
 from harness.measure import synchronize
-from harness.model import config
+from harness.model import TINY, config
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -32,15 +32,6 @@ from qwen3_moe_integration import KernelSource
 
 GIB = 2**30
 WARM_UP = 2
-TINY = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "num_experts": 8,
-    "moe_intermediate_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -23,7 +23,7 @@ from pathlib import Path
 import bitsandbytes
 import torch
 from harness.environment import environment
-from harness.model import config, random_4_bit_model
+from harness.model import TINY, config, random_4_bit_model
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -36,15 +36,6 @@ CONTEXT = 0.6
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 WARM_UP = 3
-TINY = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "num_experts": 8,
-    "moe_intermediate_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -42,7 +42,10 @@ def make_checkpoint(folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    Qwen3MoeForCausalLM(config).save_pretrained(beside, max_shard_size="4MB")
+    model = Qwen3MoeForCausalLM(config)
+    # At 1 the logits of random embeddings are so small that adapters, which leave the embeddings alone, learn little.
+    torch.nn.init.constant_(model.model.norm.weight, 4.0)
+    model.save_pretrained(beside, max_shard_size="4MB")
     tokenizer.save_pretrained(beside)
     beside.rename(folder)
 

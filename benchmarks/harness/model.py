@@ -15,6 +15,16 @@ from qwen3_moe_integration.quantize import MoeBitsAndBytesConfig
 from qwen3_moe_integration.quantize.stacks import place_stack, quantize_stack
 
 DEVIATION = 0.02
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_experts": 8,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+"""Sizes to try a script with, on a CPU too."""
 
 
 def config(layers: int, **changes: int) -> Qwen3MoeConfig:

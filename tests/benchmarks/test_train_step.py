@@ -18,7 +18,7 @@ def test_a_tiny_model_trains_and_is_measured(kernel_dir, tmp_path, capsys):
         assert run["last_loss"] < run["first_loss"]
         assert run["tokens_per_second"] == pytest.approx(run["tokens"] / run["step_ms"] * 1e3)
     experts = 2 * 8 * 16 * ((64 + 2 * 64) + (64 + 64))
-    attention = 2 * 16 * ((64 + 64) + 2 * (64 + 32) + (64 + 64))
+    attention = 2 * 16 * 4 * (64 + 64)
     assert result["trained_parameters"] == experts + attention
     assert result["profile"]["kernels"] and (tmp_path / "train_step-2-layers.md").exists()
 
