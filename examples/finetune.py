@@ -24,6 +24,7 @@ from datasets import Dataset, load_dataset
 from loading import DEVICE, load_model
 from memory import collate_for_liger, plan_for, training_arguments
 from peft import LoraConfig, get_peft_model
+from plots import Clock, plot_losses, plot_throughput
 from tiny_checkpoint import small_model, texts
 from transformers import (
     AutoTokenizer,
@@ -203,23 +204,6 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, 
     )
 
 
-def plot_losses(history: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for key, label in (("loss", "training"), ("eval_loss", "held out")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        axes.plot(*zip(*points, strict=True), marker="o" if key == "eval_loss" else None, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
-    axes.legend()
-    beside = path.with_suffix(".part.png")
-    figure.savefig(beside, dpi=150, bbox_inches="tight")
-    beside.rename(path)
-
-
 def save(trainer: Trainer, folder: Path) -> None:
     """The trained model, or its adapter; ``folder`` is replaced only when the new one is complete.
 
@@ -262,6 +246,8 @@ def train(options: argparse.Namespace) -> Trainer:
     print(f"Training {trained / 1e6:.2f} M parameters.")
     tokenizer = AutoTokenizer.from_pretrained(options.model or small_model(options.output))
     trainer = make_trainer(options, model, tokenizer, *pack(documents, tokenizer, options.seq_len))
+    clock = Clock(options.batch_size * options.seq_len * processes.num_processes)
+    trainer.add_callback(clock)
     where = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"Training {options.steps} steps on {where}{f', going on from {checkpoint}' if checkpoint else ''} ...")
     try:
@@ -277,6 +263,7 @@ def train(options: argparse.Namespace) -> Trainer:
         return trainer
     before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     plot_losses(trainer.state.log_history, options.output / "loss.png")
+    plot_throughput(clock.points, options.output / "throughput.png")
 
     steps = options.steps - (int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     tokens = steps * options.batch_size * options.seq_len * processes.num_processes
@@ -290,6 +277,7 @@ def train(options: argparse.Namespace) -> Trainer:
         ("seconds", f"{seconds:.1f}"),
         ("model", str(options.output / "model")),
         ("loss curve", str(options.output / "loss.png")),
+        ("tokens a second, by step", str(options.output / "throughput.png")),
     ]
     print("\n" + "\n".join(f"{name:28s} {value}" for name, value in rows))
     return trainer

@@ -63,7 +63,8 @@ def test_the_loss_falls_and_the_files_are_there(whole):
     assert "Kernel: 3 Mixture-of-Experts layers" in printed
     before, after = _before_and_after(printed)
     assert after < before - 0.5
-    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("loss.png", "throughput.png"):
+        assert (whole / picture).read_bytes().startswith(b"\x89PNG")
     names = {path.name for path in (whole / "small-qwen3-moe").iterdir()}
     assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= names
     assert not list(whole.glob("*.part*"))
@@ -154,6 +155,9 @@ def test_out_of_memory_says_what_to_lower(whole, text, tmp_path, kernel_dir, mon
     import finetune
 
     class Full:
+        def add_callback(self, _) -> None:
+            pass
+
         def evaluate(self) -> dict:
             return {"eval_loss": 1.0}
 
@@ -165,6 +169,23 @@ def test_out_of_memory_says_what_to_lower(whole, text, tmp_path, kernel_dir, mon
     options = finetune.parse([*model, "--dataset", str(text), "--seq-len", "32", "--gpu-memory", "2"])
     with pytest.raises(SystemExit, match=r"(?s)Tried to allocate.*Out of memory: lower --seq-len.*fit: \d+ tokens"):
         finetune.train(options)
+
+
+def test_the_clock_counts_steps_and_no_pauses(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import plots
+    from transformers import TrainerState
+
+    now = iter([0.0, 2.0, 100.0, 102.0, 500.0, 501.0])  # two steps of two seconds, one of one, and pauses between
+    monkeypatch.setattr(plots.time, "perf_counter", lambda: next(now))
+    clock = plots.Clock(tokens_a_step=8)
+    for step, logs in ((1, False), (2, True), (3, True)):
+        clock.on_step_begin(None, None, None)
+        clock.on_step_end(None, None, None)
+        if logs:
+            clock.on_log(None, TrainerState(global_step=step), None)
+    clock.on_log(None, TrainerState(global_step=3), None)  # an evaluation's entry: no step since the last
+    assert clock.points == [(2, 4.0), (3, 8.0)]
 
 
 def _before_and_after(printed: str) -> tuple[float, float]:
