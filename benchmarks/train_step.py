@@ -23,6 +23,7 @@ from pathlib import Path
 import bitsandbytes
 import torch
 from harness.environment import environment
+from harness.measure import synchronize
 from harness.model import TINY, config, random_4_bit_model
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
@@ -189,11 +190,6 @@ def profiled(step, ids: torch.Tensor, device: str, steps: int = 3) -> dict:
         "idle": 1 - busy / (elapsed / steps * 1e6),
         "kernels": kernels,
     }
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def write(result: dict, folder: Path) -> None:

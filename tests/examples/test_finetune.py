@@ -72,7 +72,7 @@ def test_the_loss_falls_and_the_files_are_there(whole):
 
 def test_in_4_bit_the_loss_falls_too(adapter):
     before, after = _before_and_after((adapter / "printed").read_text())
-    assert after < before - 0.02
+    assert after < before - 0.1
     assert {path.name for path in (adapter / "model").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     state = json.loads((adapter / "checkpoints" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     evaluated = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
