@@ -1,8 +1,9 @@
 """Times every way to multiply 4-bit experts at 1 to 4096 rows an expert: does the layer choose the fastest?
 
-The ways are those of the kernel's regime.py. Each is forced in turn and timed in a CUDA graph, forward and with its
-gradients, from one token on; "chosen" is the layer left alone. Writes crossover.json and crossover.png into --out and
-fails if the chosen way is more than 3 % slower than the fastest anywhere.
+The ways are those of the kernel's regime.py. Each is forced and captured in a CUDA graph, forward and with its
+gradients, from one token on; "chosen" is the layer left alone. The graphs are timed in turns, so that what disturbs the
+GPU disturbs all of them. Writes crossover.json as it goes, crossover.png at the end, both into --out, and fails if the
+chosen way is more than 3 % slower than the fastest anywhere.
 
     python benchmarks/crossover.py --kernel . --out benchmarks/results/h200
 """
@@ -14,6 +15,8 @@ import importlib
 import json
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,7 +30,8 @@ import torch
 from harness import four_bit
 from harness.contest import attempt
 from harness.environment import environment, kernel_identity
-from harness.measure import repeats, summary, time_calls, time_graph, wall_time
+from harness.files import write_whole
+from harness.measure import Call, capture, time_in_turns
 from harness.peers import load_kernel
 from harness.problem import PASSES, Shape, make_inputs, make_weights, run_pass
 
@@ -48,20 +52,22 @@ def main(argv: list[str] | None = None) -> int:
         "environment": environment(options.device),
         "kernel": kernel_identity(kernel),
         "shape": asdict(options.shape),
+        "complete": False,
+        "slower": [],
         "times": [],
     }
     for tokens in sorted({1, *(max(1, rows * options.shape.experts // options.shape.top_k) for rows in options.rows)}):
         inputs = make_inputs(options.shape, tokens, torch.bfloat16, options.device, seed=tokens)
         for which in PASSES[:2]:
-            call = partial(run_pass, layer, which, inputs, weights)
-            times = {way: time_way(kernel, way, call, options) for way in (*WAYS, CHOSEN)}
+            times = time_ways(kernel, partial(run_pass, layer, which, inputs, weights), options)
             record = {"tokens": tokens, "rows": tokens * options.shape.top_k / options.shape.experts, "pass": which}
             results["times"].append({**record, "ms": times})
+            results["slower"] = slower(results["times"])
+            save(results, options.out)
             shown = ", ".join(f"{way} {time['median']:.3f}" for way, time in times.items() if time)
             print(f"{tokens} tokens, {which}, ms: {shown}", flush=True)
-    results["slower"] = slower(results["times"])
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "crossover.json").write_text(json.dumps(results, indent=1) + "\n")
+    results["complete"] = True
+    save(results, options.out)
     draw(results, options.out / "crossover.png")
     for record in results["slower"]:
         print(f"slower than {record['fastest']} by {record['ratio']:.3f}: {record['pass']}, {record['tokens']} tokens")
@@ -76,26 +82,50 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--shape", nargs=4, type=int, metavar=("H", "I", "E", "k"), default=(2048, 768, 128, 8))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget-ms", type=float, default=150.0, help="time spent on one way")
+    parser.add_argument("--rounds", type=int, default=5, help="turns in which the ways share that time")
     options = parser.parse_args(argv)
     options.shape = Shape(*options.shape)
     return options
 
 
-def time_way(kernel: ModuleType, way: str, call, options: argparse.Namespace) -> dict | None:
-    """Milliseconds of a call whose weights go ``way``; None if they cannot."""
+def time_ways(kernel: ModuleType, call: Call, options: argparse.Namespace) -> dict[str, dict | None]:
+    """Milliseconds of a call whose weights go each way, and the chosen one; None where they cannot."""
+    pool = torch.cuda.graph_pool_handle() if options.device == "cuda" else None
+    ready = {way: prepared(kernel, way, call, pool, options.device) for way in (*WAYS, CHOSEN)}
+    possible = {way: run for way, run in ready.items() if run}
+    times = time_in_turns(possible, options.rounds, options.budget_ms, options.device)
+    return {way: times.get(way) for way in ready}
+
+
+def prepared(kernel: ModuleType, way: str, call: Call, pool: tuple[int, int] | None, device: str) -> Call | None:
+    """Runs ``call`` with its weights going ``way``, on a GPU as a graph in ``pool``; None if they cannot."""
+
+    def on_this_way() -> None:
+        with forced(kernel, way):
+            call()
+
+    if device == "cuda":
+        graph, _ = attempt(partial(capture, [on_this_way], pool), device)
+        return graph and graph.replay
+    _, reason = attempt(on_this_way, device)
+    return None if reason else on_this_way
+
+
+@contextmanager
+def forced(kernel: ModuleType, way: str) -> Iterator[None]:
+    """The layer's weights go ``way`` meanwhile, unless that is the chosen one."""
     regime = importlib.import_module(f"{kernel.__name__}.regime")
     choose, slots = regime.regime, regime.GEMV_SLOTS
     if way != CHOSEN:
         regime.regime, regime.GEMV_SLOTS = lambda *_: way, 0
-    samples, _ = attempt(partial(sample, call, options), options.device)
-    regime.regime, regime.GEMV_SLOTS = choose, slots
-    return samples and summary([samples])
+    try:
+        yield
+    finally:
+        regime.regime, regime.GEMV_SLOTS = choose, slots
 
 
-def sample(call, options: argparse.Namespace) -> list[float]:
-    if options.device == "cuda":
-        return time_graph([call], options.budget_ms)
-    return time_calls([call], repeats(options.budget_ms, 1e3 * wall_time(call, "cpu")), "cpu")
+def save(results: dict, folder: Path) -> None:
+    write_whole(folder / "crossover.json", json.dumps(results, indent=1) + "\n")
 
 
 def slower(records: list[dict]) -> list[dict]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Callable
 
 import torch
@@ -52,6 +52,17 @@ def _time_by_wall(calls: Sequence[Call], count: int) -> list[float]:
 
 def time_graph(calls: Sequence[Call], budget_ms: float) -> list[float]:
     """Milliseconds a call of each replay of one CUDA graph that holds every call of ``calls`` once."""
+    graph = capture(calls)
+    seconds = wall_time(graph.replay, "cuda")
+    samples = time_calls([graph.replay], repeats(budget_ms, 1e3 * seconds), "cuda")
+    return [sample / len(calls) for sample in samples]
+
+
+def capture(calls: Sequence[Call], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
+    """One CUDA graph that holds every call of ``calls`` once.
+
+    Graphs that share a ``pool`` share their memory too: each may overwrite what another left.
+    """
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # a capture has its own memory pool and cannot take over what others left cached
     side = torch.cuda.Stream()
@@ -61,12 +72,24 @@ def time_graph(calls: Sequence[Call], budget_ms: float) -> list[float]:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         for call in calls:
             call()
-    seconds = wall_time(graph.replay, "cuda")
-    samples = time_calls([graph.replay], repeats(budget_ms, 1e3 * seconds), "cuda")
-    return [sample / len(calls) for sample in samples]
+    return graph
+
+
+def time_in_turns(calls: Mapping[str, Call], rounds: int, budget_ms: float, device: str) -> dict[str, dict]:
+    """A summary for each of ``calls``, ``budget_ms`` of each in ``rounds`` rounds, each begun by another.
+
+    What slows the device for a while then slows all of them: their ratios are right where a time alone is not.
+    """
+    names, samples = list(calls), {name: [] for name in calls}
+    counts = {name: repeats(budget_ms / rounds, 1e3 * wall_time(call, device)) for name, call in calls.items()}
+    for turn in range(rounds):
+        for i in range(len(names)):
+            name = names[(i + turn) % len(names)]
+            samples[name].append(time_calls([calls[name]], counts[name], device))
+    return {name: summary(each) for name, each in samples.items()}
 
 
 def wall_time(call: Call, device: str) -> float:

@@ -2,9 +2,12 @@
 
 import importlib
 import json
+from functools import partial
+from itertools import groupby
 
 import crossover
 import pytest
+from harness import measure
 
 
 def record(**medians):
@@ -22,18 +25,40 @@ def test_three_percent_over_the_fastest_is_slower(chosen, found):
 def test_each_way_is_forced_and_the_choice_given_back(kernel):
     regime = importlib.import_module(f"{kernel.__name__}.regime")
     before, seen = regime.regime, []
-    options = crossover.parse(["--device", "cpu", "--budget-ms", "1"])
     for way in (*crossover.WAYS, crossover.CHOSEN):
-        assert crossover.time_way(kernel, way, lambda: seen.append(regime.regime), options)["calls"] >= 2
-        assert regime.regime is before
+        run = crossover.prepared(kernel, way, lambda: seen.append(regime.regime), None, "cpu")
+        run()
+        assert regime.regime is before and len(seen) % 2 == 0
         assert (seen[-1] is before) == (way == crossover.CHOSEN)
         assert way == crossover.CHOSEN or seen[-1]() == way
+
+
+def test_a_way_that_cannot_has_no_time_and_gives_the_choice_back(kernel):
+    regime = importlib.import_module(f"{kernel.__name__}.regime")
+    before = regime.regime
+
+    def call():
+        if regime.regime is not before and regime.regime() == "plain":
+            raise ValueError("no tile fits")
+
+    times = crossover.time_ways(kernel, call, crossover.parse(["--device", "cpu", "--budget-ms", "1"]))
+    assert times.pop("plain") is None and regime.regime is before
+    assert all(len(time["rounds"]) == 5 for time in times.values())
+
+
+def test_ways_are_timed_in_turns_each_round_begun_by_another():
+    seen = []
+    measure.time_in_turns({name: partial(seen.append, name) for name in "abc"}, rounds=3, budget_ms=1, device="cpu")
+    first_look, *turns = "abc", "abc", "bca", "cab"
+    assert "".join(name for name, _ in groupby(seen)) == first_look + "".join(turns)
 
 
 def test_a_run_leaves_its_times_and_a_picture(kernel_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(crossover, "ROOM", 1e9)  # on a CPU all ways are the reference, and noise decides
     arguments = ["--device", "cpu", "--kernel", str(kernel_dir), "--out", str(tmp_path), "--budget-ms", "1"]
     assert crossover.main([*arguments, "--shape", "64", "64", "4", "2", "--rows", "1", "8"]) == 0
-    times = json.loads((tmp_path / "crossover.json").read_text())["times"]
+    result = json.loads((tmp_path / "crossover.json").read_text())
+    times = result["times"]
+    assert result["complete"] and {path.name for path in tmp_path.iterdir()} == {"crossover.json", "crossover.png"}
     assert [(r["tokens"], r["pass"]) for r in times] == [(t, p) for t in (1, 2, 16) for p in ("forward", "frozen")]
     assert crossover.plt.imread(tmp_path / "crossover.png").std() > 0.05
