@@ -28,6 +28,8 @@ def plan_for(options: argparse.Namespace) -> Plan:
         bits=options.bits,
         checkpointing=options.gradient_checkpointing,
         chunked_loss=LIGER or options.trainer == "sft",
+        liger=LIGER and options.trainer != "sft",
+        byte_permutes=torch.version.hip is None and (DEVICE == "cpu" or torch.cuda.get_device_capability() >= (8, 0)),
     )
     memory = options.gpu_memory * GIB if options.gpu_memory else torch.cuda.get_device_properties(0).total_memory
     return make_plan(model, step, memory)

@@ -1,5 +1,6 @@
 """The memory planner: what it counts is what the tensors of a real model take, and its answers fit each other."""
 
+import importlib
 from dataclasses import replace
 
 import bitsandbytes.functional as bnb
@@ -9,15 +10,25 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from qwen3_moe_integration import kernelize_model
 from qwen3_moe_integration.__main__ import main
 from qwen3_moe_integration.plan import Step, make_plan
-from qwen3_moe_integration.plan.memory import GIB, estimate, optimizer_bytes, shapes
+from qwen3_moe_integration.plan import memory as plan_memory
+from qwen3_moe_integration.plan.memory import GIB, decoded_bytes, estimate, optimizer_bytes, read_bytes, shapes
 
 SMALL = dict(
     vocab_size=512, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
     moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2,
 )  # fmt: skip
-LARGE = SMALL | dict(hidden_size=2048, vocab_size=151936, num_hidden_layers=4, num_experts=128, num_experts_per_tok=8)
+PUBLISHED = dict(
+    vocab_size=151936, hidden_size=2048, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=4,
+    head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+)  # fmt: skip
+LORA = dict(
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+)
+MIB = 2**20
 
 
 def model(**sizes) -> Qwen3MoeForCausalLM:
@@ -44,12 +55,7 @@ def test_weights_take_what_bitsandbytes_makes_of_them(tied, double_quant):
 def test_adapters_take_what_peft_makes_of_them():
     made = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL)).bfloat16()
     sizes = shapes(made)
-    config = LoraConfig(
-        r=4,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    )
-    trained = [p for p in get_peft_model(made, config).parameters() if p.requires_grad]
+    trained = [p for p in get_peft_model(made, LoraConfig(r=4, **LORA)).parameters() if p.requires_grad]
     parts = estimate(sizes, Step(rank=4, expert_rank=4))
     assert parts["adapters"] == sum(p.numel() for p in trained) * 2
 
@@ -61,8 +67,7 @@ def test_8_bit_adam_keeps_a_byte_a_state_and_small_tensors_in_fp32():
 
 
 def test_a_4_bit_30b_leaves_room_on_a_24_gib_card_and_a_16_bit_one_does_not():
-    sizes = LARGE | dict(num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128)
-    wide = model(**sizes | dict(moe_intermediate_size=768))
+    wide = model(**PUBLISHED | dict(num_hidden_layers=48))
     plan = make_plan(wide, Step(), 24 * GIB)
     assert plan.fits and plan.longest > 4096 and 15.4 * GIB < plan.parts["weights"] < 15.7 * GIB
     assert not make_plan(wide, Step(bits=16), 24 * GIB).fits
@@ -70,14 +75,90 @@ def test_a_4_bit_30b_leaves_room_on_a_24_gib_card_and_a_16_bit_one_does_not():
 
 @pytest.mark.parametrize(
     "change", [dict(expert_rank=64), dict(optimizer_bits=32), dict(checkpointing=False), dict(chunked_loss=False),
-               dict(batch_size=4)],
+               dict(batch_size=4), dict(liger=False), dict(graphs=True)],
 )  # fmt: skip
 def test_the_longest_sequence_is_the_longest_and_shrinks_as_a_step_takes_more(change):
-    made, memory = model(**LARGE), 4 * GIB
+    made, memory = model(**PUBLISHED), 5 * GIB
     plan = make_plan(made, Step(), memory)
     at, behind = (make_plan(made, Step(seq_len=plan.longest + more), memory).peak for more in (0, 64))
     assert at <= memory < behind
     assert make_plan(made, replace(Step(), **change), memory).longest < plan.longest
+
+
+@pytest.mark.parametrize(
+    ("layers", "tokens", "measured"), [(8, 1024, 4.39), (8, 4096, 4.79), (8, 8192, 5.38), (48, 4096, 19.85)]
+)
+def test_the_peak_is_what_train_step_measured_on_an_h100(layers, tokens, measured):
+    plan = make_plan(model(**PUBLISHED | dict(num_hidden_layers=layers)), Step(tokens), 24 * GIB)
+    assert (plan.peak - plan.parts["CUDA context"]) / GIB == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_a_layer_s_backward_reads_what_is_counted(source, rank):
+    tokens, sizes = 1000, SMALL | dict(num_attention_heads=6, head_dim=16, num_experts=16)
+    made = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).bfloat16()
+    counted = read_bytes(shapes(made), Step(tokens, rank=2, expert_rank=rank, liger=False))
+    kernelize_model(made, "training", source)
+    lora = LORA if rank else dict(target_modules=LORA["target_modules"])
+    rank_of_experts = {"rank_pattern": {r".*experts.*": rank}} if rank else {}
+    get_peft_model(made, LoraConfig(r=2, **lora, **rank_of_experts), autocast_adapter_dtype=False)
+    hidden = torch.randn(1, tokens, 64, dtype=torch.bfloat16, requires_grad=True)
+    rotary = made.model.rotary_emb(hidden, torch.arange(tokens)[None])
+    known = {x.untyped_storage().data_ptr() for x in (hidden, *rotary, *made.parameters())}
+    read = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            read[storage.data_ptr()] = storage  # held, or its address may be another's
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        made.model.layers[0](hidden, position_embeddings=rotary)
+    assert sum(storage.nbytes() for storage in read.values()) == pytest.approx(counted, rel=0.06)
+
+
+def test_the_kernel_decodes_as_many_experts_at_a_time_as_it_says(kernel):
+    regime = importlib.import_module(f"{kernel.__name__}.regime")
+    for name in ("FAST_ROWS", "PLAIN_ROWS", "SCRATCH", "LARGE_SCRATCH", "LARGE_SCRATCH_ROWS"):
+        assert getattr(plan_memory, name) == getattr(regime, name), name
+
+
+@pytest.mark.parametrize(
+    ("tokens", "change", "mib"),
+    [
+        (4096, dict(), 0),  # decoded in registers
+        (20480, dict(), 60),  # as many experts as 64 MiB hold, of 6 MiB
+        (512, dict(byte_permutes=False), 0),
+        (4096, dict(byte_permutes=False), 510),
+        (8192, dict(byte_permutes=False), 60),
+        (4096, dict(byte_permutes=False, bits=16), 0),
+    ],
+)
+def test_experts_are_decoded_to_memory_where_registers_do_not_do(tokens, change, mib):
+    sizes = shapes(model(**PUBLISHED))
+    assert decoded_bytes(sizes, Step(tokens, **change), 1536 * 2048) == mib * MIB
+
+
+def test_experts_that_no_whole_tiles_cover_are_decoded_to_memory():
+    sizes = shapes(model(**PUBLISHED | dict(moe_intermediate_size=704)))
+    assert decoded_bytes(sizes, Step(4096), 704 * 2048) > 0
+
+
+def test_memory_that_nobody_has_written_to_serves_as_scratch():
+    sizes, step = shapes(model(**PUBLISHED)), Step(8192, byte_permutes=False)
+    matrix = 768 * 2048
+    assert decoded_bytes(sizes, step, matrix) == 63 * MIB
+    assert decoded_bytes(sizes, step, matrix, spare=21 * matrix) == 63 * MIB
+    assert decoded_bytes(sizes, step, matrix, spare=22 * matrix) == 0
+
+
+def test_graphs_keep_a_layer_s_turn_beside_the_loss():
+    made = model(**PUBLISHED | dict(num_hidden_layers=1))
+    for tokens in (4096, 16384):
+        plain, graphs = (make_plan(made, Step(tokens, rank=0, expert_rank=0, graphs=x), GIB) for x in (False, True))
+        assert plain.parts["loss"] == 0 < graphs.parts["loss"], "one layer's turn is the peak, until both count"
+        assert graphs.parts["activations"] >= plain.parts["activations"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-double-quant", action="store_true", help="keep the scales of 4-bit weights in fp32")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations for backward")
     parser.add_argument("--no-chunked-loss", action="store_true", help="logits of the whole batch at once")
+    parser.add_argument("--no-liger", action="store_true", help="norms and rotary embeddings of Transformers")
+    parser.add_argument("--graphs", action="store_true", help="decoder layers in CUDA graphs")
+    parser.add_argument("--no-byte-permutes", action="store_true", help="a card that is no NVIDIA one from sm_80 on")
     parser.add_argument("--gpu-memory", type=float, default=24.0, help="GiB of the card (default: %(default)s)")
 
 
@@ -43,5 +46,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         optimizer_bits=arguments.optimizer_bits,
         checkpointing=not arguments.no_checkpointing,
         chunked_loss=not arguments.no_chunked_loss,
+        liger=not arguments.no_liger,
+        graphs=arguments.graphs,
+        byte_permutes=not arguments.no_byte_permutes,
     )
     return make_plan(model, step, arguments.gpu_memory * GIB)

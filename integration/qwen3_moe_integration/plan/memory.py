@@ -3,24 +3,33 @@
 The model is built on the meta device, so parameters are counted, not guessed, for any model of Transformers. What a
 step needs beside them depends on tokens = batch size * sequence length:
 
-    kept         gradient checkpointing keeps one hidden state a layer
-    a layer      at the worst moment of backward, one layer computed again and its gradients
-    the loss     logits and their gradient: of a chunk of the tokens with a chunked loss, else of all
-    gradients    of an adapter exist from its layer's backward on, while the kept states of that layer are gone
+    kept         gradient checkpointing keeps one hidden state a layer; without it, all that a layer's backward reads
+    a turn       of a layer in backward: what it reads, computed again, and the worst moment of its experts
+    gradients    of an adapter exist from its layer's turn on, while what was kept of that layer is gone
+    the loss     logits of a chunk of the tokens with a chunked loss, else of all, and what their gradient needs
 
-The peak is the larger of two moments: the loss, with every layer's state kept and no gradient yet; and the worst of
-the layers' turns in backward, where what is kept shrinks as gradients grow.
+The peak is the largest of three moments: the loss, with everything kept and no gradient yet; the first turn; and the
+last, with nothing kept but all gradients. Between those two, what is kept shrinks as evenly as gradients grow. Layers
+in CUDA graphs have memory of their own, as much as a turn takes, which nothing else may use: it adds to the loss.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import nn
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB
 """What a CUDA context and the loaded libraries take beside the allocator; differs by card and driver."""
-SCRATCH = 64 * 2**20
-"""What the kernels may take beside inputs, outputs and saved activations."""
+WORKSPACES = 64 * 2**20
+"""What cuBLAS takes for the thread that runs forward and for the one that runs backward: 32 MiB each on Hopper and
+newer cards, 8 on others."""
+LOSS_CHUNK = 16
+"""Liger's chunk_mem_const as the examples set it: logits may take so many times what hidden states take."""
+FAST_ROWS, PLAIN_ROWS = 1200, 40
+SCRATCH, LARGE_SCRATCH, LARGE_SCRATCH_ROWS = 64 * 2**20, 511 * 2**20, 256
+"""As in the kernel's regime.py: up to how many rows an expert 4-bit weights are decoded in registers, and how much of
+them is decoded at a time where they are not."""
 HALF, SINGLE = 2, 4
 FOUR_BIT_BLOCK, NESTED_BLOCK = 64, 256
 EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST = 256, 4096
@@ -37,6 +46,9 @@ class Step:
     optimizer_bits: 8 for bitsandbytes' Adam, 32 for torch's on bf16 factors, whose two states are bf16 as well.
     checkpointing: whether activations are computed again in backward.
     chunked_loss: whether the loss sees the logits of a chunk of the tokens at a time.
+    liger: whether norms and rotary embeddings are Liger's; Transformers' keep an fp32 copy of what they normalize.
+    graphs: whether decoder layers run in CUDA graphs.
+    byte_permutes: whether the card is an NVIDIA one from sm_80 on, which decodes 4-bit weights in registers.
     """
 
     seq_len: int = 4096
@@ -48,6 +60,9 @@ class Step:
     optimizer_bits: int = 8
     checkpointing: bool = True
     chunked_loss: bool = True
+    liger: bool = True
+    graphs: bool = False
+    byte_permutes: bool = True
 
     @property
     def tokens(self) -> int:
@@ -61,12 +76,15 @@ class Shapes:
     full: parameters that stay in 16 bit (embeddings, norms, routers, lm_head).
     quantized: sizes of the weights that go to 4 bit.
     attention, experts: for each projection that LoRA adapts, the parameters a rank, (in + out) or E * (in + out).
+    stack: the number of experts, E.
+    query, key: widths of a token's queries and keys, all heads together.
     """
 
     full: int
     quantized: tuple[int, ...]
     attention: tuple[int, ...]
     experts: tuple[int, ...]
+    stack: int
     layers: int
     hidden: int
     intermediate: int
@@ -83,7 +101,7 @@ def shapes(model: nn.Module) -> Shapes:
         ValueError: the model has no experts in stacks (E, N, K).
     """
     config = model.config.get_text_config()
-    quantized, attention, experts = [], [], []
+    quantized, attention, experts, stack = [], [], [], 0
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
@@ -91,6 +109,7 @@ def shapes(model: nn.Module) -> Shapes:
             if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "o_proj"):
                 attention.append(module.in_features + module.out_features)
         elif getattr(module, "gate_up_proj", None) is not None and module.gate_up_proj.dim() == 3:
+            stack = module.gate_up_proj.shape[0]
             for weight in (module.gate_up_proj, module.down_proj):
                 quantized.append(weight.numel())
                 experts.append(weight.shape[0] * (weight.shape[1] + weight.shape[2]))
@@ -105,6 +124,7 @@ def shapes(model: nn.Module) -> Shapes:
         quantized=tuple(quantized),
         attention=tuple(attention),
         experts=tuple(experts),
+        stack=stack,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         intermediate=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
@@ -115,25 +135,51 @@ def shapes(model: nn.Module) -> Shapes:
     )
 
 
+class Moment(NamedTuple):
+    """Bytes that come and go within a step."""
+
+    activations: float = 0
+    gradients: float = 0
+    loss: float = 0
+    scratch: float = 0
+
+
 def estimate(model: Shapes, step: Step) -> dict[str, float]:
     """Bytes by purpose, in the order they come up; their sum is the peak."""
     sizes = [n * step.rank for n in model.attention] + [n * step.expert_rank for n in model.experts]
     adapters = HALF * sum(sizes)
-    kept = HALF * model.hidden * step.tokens * model.layers if step.checkpointing else 0
-    layer = layer_bytes(model, step) * (1 if step.checkpointing else model.layers)
-    # What is kept shrinks and gradients grow by the same amount each turn, so the worst turn is the first or the last.
-    at_loss, first_turn, last_turn = (kept, 0, loss_bytes(model, step)), (kept + layer, 0, 0), (layer, adapters, 0)
-    activations, gradients, loss = max(at_loss, first_turn, last_turn, key=sum)
+    worst = max(moments(model, step, adapters), key=sum)
     return {
         "weights": weight_bytes(model, step),
         "adapters": adapters,
         "optimizer": sum(optimizer_bytes(n, step) for n in sizes),
-        "gradients": gradients,
-        "activations": activations,
-        "loss": loss,
-        "kernels' scratch": SCRATCH,
+        "gradients": worst.gradients,
+        "activations": worst.activations,
+        "loss": worst.loss,
+        "kernels' scratch": WORKSPACES + worst.scratch,
         "CUDA context": CONTEXT,
     }
+
+
+def moments(model: Shapes, step: Step, adapters: float) -> list[Moment]:
+    """The loss, the first layer's turn in backward and the last one's, each turn at the worst moment of its experts.
+
+    ``adapters``: bytes of all adapters, and so of their gradients.
+    """
+    state, read = HALF * model.hidden * step.tokens, read_bytes(model, step)
+    kept = state if step.checkpointing else state + read
+    again = read if step.checkpointing else 0
+    turns = [
+        Moment(again + state + working, scratch=scratch) for working, scratch in experts_backward_bytes(model, step)
+    ]
+    found = []
+    for turn in turns:
+        first = turn._replace(activations=model.layers * kept + turn.activations, gradients=adapters / model.layers)
+        last = turn._replace(activations=kept + turn.activations, gradients=adapters)
+        found += [first, last]
+    pool = max(turns, key=sum) if step.graphs else Moment()
+    at_loss = Moment(model.layers * kept + pool.activations, 0, loss_bytes(model, step), pool.scratch)
+    return [at_loss, *found]
 
 
 def weight_bytes(model: Shapes, step: Step) -> float:
@@ -153,26 +199,57 @@ def optimizer_bytes(size: int, step: Step) -> float:
     return 2 * HALF * size
 
 
-def layer_bytes(model: Shapes, step: Step) -> float:
-    """One decoder layer at its worst moment: all that its backward reads, and the largest gradients within it."""
-    hidden, intermediate = model.hidden, model.intermediate
-    norms = 2 * (SINGLE + HALF) * hidden
-    projected = HALF * (model.query + 2 * model.key)
-    normed_and_rotated = (SINGLE + 2 * HALF) * (model.query + model.key)
-    attention = norms + projected + normed_and_rotated + HALF * (model.query + 2 * hidden)
-    # A slot's pre-activation, its gradient, the activation between the projections, and the slot's row of the result.
-    slot = HALF * (2 * intermediate + 2 * intermediate + intermediate + hidden)
-    return step.tokens * (attention + model.top_k * slot)
+def read_bytes(model: Shapes, step: Step) -> float:
+    """What a decoder layer's backward reads, less the layer's input."""
+    hidden, query, key = model.hidden, model.query, model.key
+    # The results of both norms; queries and keys as attention takes them, values, attention's result.
+    attention = HALF * (2 * hidden + query + key + key + query)
+    # And what the norms took.
+    attention += HALF * (hidden + query + key) if step.liger else SINGLE * (2 * hidden + query + key)
+    slot = HALF * (2 * model.intermediate + 2 * step.expert_rank)
+    return step.tokens * (attention + SINGLE * model.stack + model.top_k * slot)
+
+
+def experts_backward_bytes(model: Shapes, step: Step) -> list[tuple[float, float]]:
+    """What the experts' backward holds beside what it reads, and of the weights decoded, at each of its worst moments.
+
+    The gradient of the pre-activation and each slot's share of that of the hidden states exist all along.
+    """
+    slots, hidden, width = step.tokens * model.top_k, model.hidden, model.intermediate
+    gradients = HALF * slots * (2 * width + hidden)
+    weighted = HALF * slots * width if step.expert_rank else 0  # the activation, for down's adapter
+    down = decoded_bytes(model, step, width * hidden, spare=slots * hidden)
+    gate_up = decoded_bytes(model, step, 2 * width * hidden)
+    return [(gradients + weighted, down), (gradients, gate_up), (gradients + HALF * step.tokens * hidden, 0)]
+
+
+def decoded_bytes(model: Shapes, step: Step, matrix: int, spare: int = 0) -> float:
+    """What a projection's 4-bit weights take once decoded, as many experts as the kernel decodes at a time.
+
+    matrix: elements of an expert's. spare: elements of memory nobody has written to yet, taken if it holds more.
+    """
+    rows = -(-step.tokens * model.top_k // model.stack)
+    whole = 128 if step.byte_permutes else 64
+    fits = model.hidden % whole == 0 and model.intermediate % whole == 0
+    if step.bits == 16 or (fits and rows <= (FAST_ROWS if step.byte_permutes else PLAIN_ROWS)):
+        return 0
+    run = max(1, (LARGE_SCRATCH if rows <= LARGE_SCRATCH_ROWS else SCRATCH) // (HALF * matrix))
+    return 0 if spare // matrix > run else HALF * matrix * min(run, model.stack)
 
 
 def loss_bytes(model: Shapes, step: Step) -> float:
-    """The last hidden states and their gradient, and logits: in 16 bit, in fp32, and the gradients of both."""
+    """The last hidden states, normed too, and their gradient; and logits.
+
+    Of a chunk in 16 bit, in whose place their gradient comes; without chunks in fp32 too, as log-probabilities, and the
+    gradient of those.
+    """
     tokens = step.tokens
-    states = tokens * model.hidden * (SINGLE + 2 * HALF)
-    at_once = tokens
-    if step.chunked_loss:  # chunks so that logits take about as much as hidden states
-        at_once = min(tokens, 1 << max(0, -(-tokens * model.hidden // model.vocabulary) - 1).bit_length())
-    return states + at_once * model.vocabulary * 2 * (SINGLE + HALF)
+    states = 3 * HALF * model.hidden * tokens
+    if not step.chunked_loss:
+        return states + tokens * model.vocabulary * 3 * SINGLE
+    chunks = -(-model.vocabulary // (LOSS_CHUNK * model.hidden))
+    chunk = 1 << (-(-tokens // chunks) - 1).bit_length()
+    return states + min(tokens, chunk) * model.vocabulary * HALF
 
 
 def longest_sequence(model: Shapes, step: Step, memory: float, multiple: int = 64) -> int:
