@@ -55,11 +55,12 @@ class AbsentCard:
 class Compiler:
     """Stands in for ``launch``: compiles each specialization once and keeps its resources."""
 
-    def __init__(self, traits):
-        self.traits, self.records = traits, {}
+    def __init__(self, specialize):
+        self.specialize, self.records = specialize, {}
 
-    def __call__(self, kernel, grid, num_warps, num_stages, *args, fp_fusion=True) -> None:
-        key = (kernel.__name__, num_warps, num_stages, *self.traits(kernel, args))
+    def __call__(self, kernel, grid, num_warps, num_stages, pointers, counts, *constants, fp_fusion=True) -> None:
+        args = (*pointers, *counts, *constants)
+        key = (kernel.__name__, num_warps, num_stages, *self.specialize(pointers, counts, constants)[1])
         if key not in self.records:
             options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
             self.records[key] = {
@@ -100,7 +101,7 @@ def compile_layer(name: str, arch: int, options: argparse.Namespace) -> list[dic
                      "weight_grad", "product", "experts")
     }  # fmt: skip
     regime, tiling, projection = (importlib.import_module(f"{name}.{f}") for f in ("regime", "tiling", "projection"))
-    compiler = Compiler(importlib.import_module(f"{name}.kernels.launch")._traits)
+    compiler = Compiler(importlib.import_module(f"{name}.kernels.launch").specialize)
     for module in modules.values():
         if hasattr(module, "launch"):
             module.launch = compiler

@@ -45,29 +45,41 @@ ARGUMENTS = st.tuples(
 
 
 @pytest.fixture(scope="module")
-def traits(kernel):
-    return importlib.import_module(f"{kernel.__name__}.kernels.launch")._traits
+def specialize(kernel):
+    return importlib.import_module(f"{kernel.__name__}.kernels.launch").specialize
 
 
 @settings(max_examples=400)
 @given(ARGUMENTS, ARGUMENTS, st.integers(0, 5))
-def test_calls_that_triton_tells_apart_have_different_keys(traits, first, second, position):
+def test_calls_that_triton_tells_apart_have_different_keys(specialize, first, second, position):
     """Of two calls that differ in one argument, or in all."""
     one_changed = (*first[:position], second[position], *first[position + 1 :])
     for other in (one_changed, second):
         if _specialization(first) != _specialization(other):
-            assert _key(traits, first) != _key(traits, other)
+            assert _key(specialize, first) != _key(specialize, other)
 
 
-def test_a_new_number_of_tokens_is_the_same_key(traits):
+def test_a_new_number_of_tokens_is_the_same_key(specialize):
     x = torch.zeros(64)
-    keys = {_key(traits, (x, None, count, 64, "silu", 16)) for count in (1, 16, 17, 4096, 2**31 - 1)}
+    keys = {_key(specialize, (x, None, count, 64, "silu", 16)) for count in (1, 16, 17, 4096, 2**31 - 1)}
     assert len(keys) == 1
+
+
+def test_every_tensor_is_launched_by_its_address(specialize):
+    x, inner = torch.zeros(64), torch.zeros(64)[1:]
+    addresses, _ = specialize((x, None, (inner, 5, None)), (3,), ())
+    assert addresses == [x.data_ptr(), None, (inner.data_ptr(), 5, None)]
 
 
 def _specialization(arguments: tuple) -> list:
     return TRITONS_OWN(*arguments)[1]
 
 
-def _key(traits, arguments: tuple) -> tuple:
-    return tuple(traits(_kernel, arguments))
+def _key(specialize, arguments: tuple) -> tuple:
+    return specialize(*_by_kind(arguments))[1]
+
+
+def _by_kind(arguments: tuple) -> tuple:
+    """Pointers, counts and constants of ``_kernel``."""
+    x, maybe, count, *constants = arguments
+    return (x, maybe), (count,), tuple(constants)

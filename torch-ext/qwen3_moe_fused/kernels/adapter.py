@@ -71,7 +71,7 @@ class Adapter(NamedTuple):
         x_strides, weight_strides = ((0, 0) if t is None else t.stride() for t in (x, weights))
         launch(
             factor_grads_kernel, (blocks_a + blocks_b, A.shape[0]), tile.num_warps, tile.num_stages,
-            x, grad, low_rank, grad_low_rank, self.order, offsets, weights, self.seed, grad_A, grad_B,
+            (x, grad, low_rank, grad_low_rank, self.order, offsets, weights, self.seed, grad_A, grad_B), (),
             k, n, rank, halves, self.top_k, *x_strides, *grad.stride(), *weight_strides,
             x_by_token, weights is not None, drop_bound(self.lora.dropout), self.stream,
             rows, tile.block_n, tile.block_k,
@@ -89,7 +89,7 @@ class Adapter(NamedTuple):
         grid = (self.tiles.shape[0] * (self.block_m // rows) * cdiv(columns, tile.block_n),)
         launch(
             low_rank_kernel, grid, tile.num_warps, tile.num_stages,
-            a, pointers, self.order, self.tiles, self.seed, out, self.lora.scaling / (1.0 - dropout),
+            (a, pointers, self.order, self.tiles, self.seed, out), (), self.lora.scaling / (1.0 - dropout),
             n, rank, halves, self.top_k, *a.stride(), by_token, permuted, drop_bound(dropout), self.stream,
             self.block_m, rows, tile.block_n, tile.block_k,
         )  # fmt: skip
@@ -135,6 +135,6 @@ def _repacked(factor: Tensor, dtype: torch.dtype) -> Tensor:
     block, block_e = 64, min(64, next_power_of_2(experts))
     launch(
         repack_kernel, (cdiv(n * rank, block), cdiv(experts, block_e)), 4, 1,
-        factor, out, experts, n, rank, *factor.stride(), block, block_e,
+        (factor, out), (), experts, n, rank, *factor.stride(), block, block_e,
     )  # fmt: skip
     return out

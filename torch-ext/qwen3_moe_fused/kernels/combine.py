@@ -88,7 +88,7 @@ def combine(slots: Tensor, top_k_weights: Tensor, top_k_index: Tensor, num_exper
         block = min(1024, next_power_of_2(width))
         launch(
             _combine_kernel, (tokens, cdiv(width, block)), 4, 1,
-            slots, top_k_weights, top_k_index, out, width, k, num_experts, *top_k_weights.stride(), block,
+            (slots, top_k_weights, top_k_index, out), (), width, k, num_experts, *top_k_weights.stride(), block,
         )  # fmt: skip
     return out
 
@@ -115,7 +115,7 @@ def combine_backward(
         block = min(1024, next_power_of_2(width))
         launch(
             _combine_backward_kernel, (tokens, cdiv(width, block)), 4, 1,
-            slots, parts, top_k_index, grad_hidden_states, grad_weights,
-            parts.shape[1], width, k, num_experts, parts.shape[0], block, next_power_of_2(k),
+            (slots, parts, top_k_index, grad_hidden_states, grad_weights), (parts.shape[1],),
+            width, k, num_experts, parts.shape[0], block, next_power_of_2(k),
         )  # fmt: skip
     return grad_hidden_states, grad_weights

@@ -89,7 +89,8 @@ def dequantize_experts(weight: FourBitWeight, first: int, out: Tensor, m_sizes: 
     if out.numel():
         launch(
             _dequantize_kernel, (cdiv(size, BLOCK * each), out.shape[0]), 4, 1,
-            pointers, m_sizes, out, first, size, weight.blocksize, weight.nested_blocksize, assembly, BLOCK, each,
+            (pointers, m_sizes, out), (first,),
+            size, weight.blocksize, weight.nested_blocksize, assembly, BLOCK, each,
             fp_fusion=False,
         )  # fmt: skip
 

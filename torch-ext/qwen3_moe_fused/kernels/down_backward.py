@@ -175,9 +175,9 @@ def down_backward(
     w = operand(down_proj, block_m, tile, transposed=True)
     launch(
         _down_backward_kernel, (tiles.shape[0] * parts.shape[0],), tile.num_warps, tile.num_stages,
-        grad_output, w.data, w.descriptor, low_rank, pre_activation, top_k_weights, order, tiles,
-        grad_pre_activation, weighted, parts,
-        first_expert, first_expert + experts, order.numel(), width, hidden, top_k_weights.shape[1], activation,
+        (grad_output, w.data, w.descriptor, low_rank, pre_activation, top_k_weights, order, tiles,
+         grad_pre_activation, weighted, parts), (first_expert, first_expert + experts, order.numel()),
+        width, hidden, top_k_weights.shape[1], activation,
         *grad_output.stride(), *w.strides, *top_k_weights.stride(),
         meta, block_m, tile.block_n, tile.block_k, w.w_rows, w.format, 1024 * tile.num_warps, w.split,
     )  # fmt: skip

@@ -225,7 +225,7 @@ def permuted(x: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         grid = (cdiv(x.shape[0], 8), x.shape[1] // 64)
-        launch(_permute_kernel, grid, 1, 1, x, out, *x.shape, *x.stride(), 8, 64)
+        launch(_permute_kernel, grid, 1, 1, (x, out), x.shape[:1], x.shape[1], *x.stride(), 8, 64)
     return out
 
 
@@ -299,7 +299,7 @@ def fast_weight(weight: FourBitWeight, m_sizes: Tensor, dtype: torch.dtype, perm
     rows = 64
     launch(
         _pack_scales_kernel, (cdiv(n, rows), experts), 4, 1,
-        FourBitPointers(*weight[:6]), m_sizes, scales, table, n, k,
+        (FourBitPointers(*weight[:6]), m_sizes, scales, table), (), n, k,
         even_words(weight.quant_type, name), FACTORS[weight.quant_type], name,
         weight.blocksize, weight.nested_blocksize, rows, next_power_of_2(blocks),
     )  # fmt: skip

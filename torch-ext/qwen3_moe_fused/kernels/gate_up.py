@@ -118,7 +118,8 @@ def gate_up(
     grid = (tiles.shape[0] * cdiv(width, tile.block_n),)
     launch(
         _gate_up_kernel, grid, tile.num_warps, tile.num_stages,
-        hidden_states, w.data, w.descriptor, low_rank, pre_activation, intermediate, order, tiles,
-        first_expert, first_expert + experts, width, hidden, top_k, activation, *hidden_states.stride(), *w.strides,
+        (hidden_states, w.data, w.descriptor, low_rank, pre_activation, intermediate, order, tiles),
+        (first_expert, first_expert + experts),
+        width, hidden, top_k, activation, *hidden_states.stride(), *w.strides,
         meta, block_m, tile.block_n, tile.block_k, w.format, permute, w.split,
     )  # fmt: skip

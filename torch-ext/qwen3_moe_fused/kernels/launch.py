@@ -6,14 +6,15 @@ calls with the same key launch that one directly. The key holds all that Triton 
 that it does.
 """
 
-import functools
 from typing import Any, Dict, List, Tuple
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+Tensor = torch.Tensor
 
 _compiled: Dict[Tuple, Any] = {}
-_CONSTANTS = (int, bool, float, str, type(None))
 
 
 def launch(
@@ -21,44 +22,51 @@ def launch(
     grid: Tuple[int, ...],
     num_warps: int,
     num_stages: int,
-    *args: Any,
+    pointers: Tuple,
+    counts: Tuple[int, ...],
+    *constants: Any,
     fp_fusion: bool = True,
 ) -> None:
-    """Launches ``kernel`` on the current device; ``args`` are all its parameters in order, constants too.
+    """Launches ``kernel`` on the current device. Its parameters are, in this order:
 
-    Integers that the kernel marks ``do_not_specialize`` may change from call to call; any other change of an integer
-    makes a new entry, as it would make Triton look for another compilation. ``fp_fusion`` says whether a product and
-    a sum may be rounded as one, and is the same in all calls of a kernel.
+    pointers: tensors, each on that device, None, descriptors, or tuples of these and of strides.
+    counts: the integers that the kernel marks ``do_not_specialize``, which may change from call to call.
+    constants: all the others. Another value makes a new entry, as it would make Triton look for another compilation.
+
+    ``fp_fusion`` says whether a product and a sum may be rounded as one, and is the same in all calls of a kernel.
     """
     grid = (*grid, 1, 1)[:3]
     if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter compiles nothing
-        kernel[grid](*args)
+        kernel[grid](*pointers, *counts, *constants)
         return
-    key = (kernel.__name__, num_warps, num_stages, torch.cuda.current_device(), *_traits(kernel, args))
+    addresses, traits = specialize(pointers, counts, constants)
+    key = (kernel.__name__, num_warps, num_stages, torch.cuda.current_device(), *traits)
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion)
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+        _compiled[key] = kernel[grid](*pointers, *counts, *constants, **options)
     else:
-        compiled[grid](*args)
+        # Given tensors, Triton would ask each for its address once more, and the driver about the address.
+        compiled[grid](*addresses, *counts, *constants)
 
 
-def _traits(kernel: triton.JITFunction, args: Tuple) -> List:
-    """What of each argument decides which compiled kernel fits."""
-    traits = [arg if type(arg) in _CONSTANTS else _trait(arg) for arg in args]
-    for i in _free(kernel):
-        traits[i] = args[i].bit_length() < 32
-    return traits
+def specialize(pointers: Tuple, counts: Tuple[int, ...], constants: Tuple) -> Tuple[List, Tuple]:
+    """The addresses to launch with in the place of tensors, and all that decides which compiled kernel fits."""
+    addresses, traits = _resolve(pointers)
+    return addresses, (*traits, *[count.bit_length() < 32 for count in counts], *constants)
 
 
-def _trait(arg: Any) -> Tuple:
-    if isinstance(arg, torch.Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
-    if isinstance(arg, tuple):
-        return tuple([part if type(part) in _CONSTANTS else _trait(part) for part in arg])
-    return arg.base.dtype, *arg.block_shape
-
-
-@functools.cache
-def _free(kernel: triton.JITFunction) -> Tuple[int, ...]:
-    """Positions of the integers whose value the kernel is not compiled for."""
-    return tuple(i for i, param in enumerate(kernel.params) if not param.is_constexpr and param.do_not_specialize)
+def _resolve(pointers: Tuple) -> Tuple[List, List]:
+    addresses, traits = [], []
+    for pointer in pointers:
+        address = trait = pointer
+        if isinstance(pointer, Tensor):
+            address = pointer.data_ptr()
+            trait = pointer.dtype, address % 16 == 0
+        elif isinstance(pointer, tuple):
+            address, trait = map(tuple, _resolve(pointer))
+        elif isinstance(pointer, TensorDescriptor):
+            trait = pointer.base.dtype, *pointer.block_shape
+        addresses.append(address)
+        traits.append(trait)
+    return addresses, traits

@@ -115,8 +115,8 @@ def linear_tiles(
     grid = (tiles.shape[0] * cdiv(n, tile.block_n),)
     launch(
         _linear_kernel, grid, tile.num_warps, tile.num_stages,
-        a, w.data, w.descriptor, low_rank, out, scatter, tiles,
-        first_expert, first_expert + weight.shape[0], n, k, rest, *a.stride(), *w.strides,
+        (a, w.data, w.descriptor, low_rank, out, scatter, tiles), (first_expert, first_expert + weight.shape[0]),
+        n, k, rest, *a.stride(), *w.strides,
         meta, block_m, tile.block_n, tile.block_k, w.w_rows, w.format, w.split,
     )  # fmt: skip
     return out

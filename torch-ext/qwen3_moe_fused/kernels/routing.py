@@ -122,7 +122,7 @@ def routing(top_k_index: Tensor, num_experts: int, block_m: int) -> Tuple[Tensor
     segment = cdiv(cdiv(slots, lanes), step) * step
     launch(
         _routing_kernel, (num_experts + 1,), lanes // 32, 1,
-        ids, order, m_sizes, offsets, tiles, slots, segment, capacity, num_experts, block_m, lanes, step,
+        (ids, order, m_sizes, offsets, tiles), (slots, segment, capacity), num_experts, block_m, lanes, step,
     )  # fmt: skip
     return order, m_sizes, offsets, tiles
 
@@ -139,7 +139,7 @@ def tile_table(m_sizes: Tensor, rows: int, block_m: int, rest: int) -> Tuple[Ten
     tiles = torch.empty(capacity, 3, dtype=torch.int32, device=m_sizes.device)
     launch(
         _tile_table_kernel, (experts + 1,), 4, 1,
-        m_sizes, offsets, tiles, rows, capacity, rest, experts, m_sizes.stride(0),
+        (m_sizes, offsets, tiles), (rows, capacity), rest, experts, m_sizes.stride(0),
         block_m, next_power_of_2(experts),
     )  # fmt: skip
     return offsets, tiles

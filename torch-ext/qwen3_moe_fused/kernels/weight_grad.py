@@ -77,7 +77,7 @@ def weight_grad_rows(
         grid = (cdiv(n, tile.block_n) * cdiv(k, tile.block_k), experts)
         launch(
             _weight_grad_kernel, grid, tile.num_warps, tile.num_stages,
-            grad, x, out, order, offsets, n, k, top_k, *grad.stride(), *x.stride(), grad_by_token, x_by_token,
+            (grad, x, out, order, offsets), (), n, k, top_k, *grad.stride(), *x.stride(), grad_by_token, x_by_token,
             block_m, tile.block_n, tile.block_k,
         )  # fmt: skip
     return out
