@@ -3,9 +3,9 @@
     torchrun --nproc-per-node=2 benchmarks/scaling.py --kernel . --layers 4 --out benchmarks/results/h100-x2
 
 Runs on one GPU too, and without any, over gloo, with --tiny. Every rank trains on one sequence a step, with gradient
-checkpointing. The efficiency of LoRA engines is their tokens a second divided by those of as many GPUs alone, which
-are timed in the same run; that of the engines that train all weights is relative to FSDP2. A step takes as long as its
-slowest rank. Writes scaling.json and scaling.md into --out.
+checkpointing, LoRA engines with Liger where it is installed. The efficiency of LoRA engines is their tokens a second
+divided by those of as many GPUs alone, which are timed in the same run; that of the engines that train all weights is
+relative to FSDP2. A step takes as long as its slowest rank. Writes scaling.json and scaling.md into --out.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import time
 from pathlib import Path
 
 import torch
-from harness.engines import ENGINES, build
+from harness.engines import ENGINES, build, loss_options
 from harness.environment import environment
+from harness.files import write_whole
 from harness.measure import synchronize
 from harness.model import TINY, config
 from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
 
 from qwen3_moe_integration import KernelSource
 
@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    init_device_mesh(device.type, (int(os.environ["WORLD_SIZE"]),))
+    if not distributed.is_initialized():
+        distributed.init_process_group(device_id=device if device.type == "cuda" else None)
     ranks = distributed.get_world_size()
     runs = []
     for engine in options.engines:
@@ -87,12 +88,13 @@ def run(engine: str, options: argparse.Namespace, device: torch.device) -> dict:
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     torch.manual_seed(distributed.get_rank())
     ids = torch.randint(sizes.vocab_size, (1, options.tokens), device=device)
+    options_of_loss = loss_options(engine, device)
     times, losses = [], []
     for _ in range(options.steps):
         distributed.barrier()
         synchronize(device.type)
         start = time.perf_counter()
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=ids, labels=ids, **options_of_loss).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -137,7 +139,6 @@ def add_efficiency(runs: list[dict]) -> None:
 
 
 def write(result: dict, folder: Path) -> None:
-    """Beside and renamed: whoever reads them finds whole files."""
     env = result["environment"]
     lines = [
         f"{result['ranks']} x {env['device']}, torch {env['torch']}; {result['layers']} layers of Qwen3-30B-A3B, "
@@ -155,11 +156,8 @@ def write(result: dict, folder: Path) -> None:
             f"| {run['engine']} | {run['step_ms']:.1f} | {run['tokens_per_second']:.0f} | {efficiency} "
             f"| {run['relative_to']} | {peak} |"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("scaling.json", json.dumps(result, indent=1)), ("scaling.md", "\n".join(lines))):
-        beside = folder / f".{name}.{os.getpid()}"
-        beside.write_text(text + "\n")
-        beside.replace(folder / name)
+    write_whole(folder / "scaling.json", json.dumps(result, indent=1) + "\n")
+    write_whole(folder / "scaling.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

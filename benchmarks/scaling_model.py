@@ -33,8 +33,7 @@ from qwen3_moe_integration.plan.memory import (
     Shapes,
     Step,
     estimate,
-    layer_bytes,
-    loss_bytes,
+    moments,
     shapes,
     weight_bytes,
 )
@@ -123,7 +122,6 @@ def whole_in_bf16(model: Shapes, measured: dict) -> Work:
     rest = 1e3 * operations / (ATTAINED * measured["ceilings"]["operations_per_second"])
     layer = 2 * (parameters - 2 * model.vocabulary * model.hidden) / model.layers
     step = Step(seq_len=TOKENS, bits=16, rank=0, expert_rank=0)
-    kept = 2 * model.hidden * TOKENS * model.layers
     return Work(
         name="all weights in bf16",
         sequence_ms=model.layers * (times["forward"] + times["trained"]) + rest,
@@ -131,7 +129,7 @@ def whole_in_bf16(model: Shapes, measured: dict) -> Work:
         expert_bytes=2 * experts,
         trained_bytes=2 * parameters,
         sharded=(2 + 2 + 4) * parameters,  # weights, gradients, Adam's two states
-        whole=kept + max(layer_bytes(model, step), loss_bytes(model, step)),
+        whole=max(map(sum, moments(model, step, adapters=0))),
     )
 
 

@@ -18,6 +18,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes
@@ -25,7 +26,7 @@ import torch
 from harness.environment import environment
 from harness.measure import synchronize
 from harness.model import TINY, config, random_4_bit_model
-from peft import LoraConfig, get_peft_model
+from harness.training import LOSS_CHUNK, add_lora, apply_liger, checkpointed
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -34,8 +35,6 @@ from qwen3_moe_integration.plan import Step, make_plan
 
 GIB = 2**30
 CONTEXT = 0.6
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 WARM_UP = 3
 
 
@@ -52,7 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--no-liger", dest="liger", action="store_false", help="Transformers' own norms, rotary and loss"
     )
-    parser.add_argument("--loss-chunk", type=int, default=16, help="Liger's chunk_mem_const; its own default is 1")
+    parser.add_argument("--loss-chunk", type=int, default=LOSS_CHUNK, help="Liger's chunk_mem_const; its own is 1")
     parser.add_argument("--stock", action="store_true", help="Transformers and PEFT without the kernel")
     parser.add_argument("--compile", action="store_true", help="compile each decoder layer, whole")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: tries this script, on a CPU too")
@@ -62,22 +61,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def build(options: argparse.Namespace, sizes: Qwen3MoeConfig, device: str) -> torch.nn.Module:
     model = random_4_bit_model(sizes, device, experts_in_4_bit=not options.stock)
     if options.liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
-
-        apply_liger_kernel_to_qwen3_moe(model=model, swiglu=False)
+        apply_liger(model)
     if options.stock:
         model.set_experts_implementation("grouped_mm")
     else:
         kernelize_model(model, "training", KernelSource(path=options.kernel) if options.kernel else KernelSource())
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
-    lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=ATTENTION, target_parameters=EXPERTS)
     layers = model.model.layers
-    model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    model = add_lora(checkpointed(model), options.rank)
     if options.compile:
         for layer in layers:
             layer.compile(fullgraph=True)
-    return model.train()
+    return model
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,9 +89,6 @@ def main(argv: list[str] | None = None) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     adam = bitsandbytes.optim.AdamW8bit if device == "cuda" else torch.optim.AdamW
     optimizer = adam(trained, lr=2e-4)
-
-    # Liger cuts the tokens into chunks whose logits take as much as the hidden states: 64 tokens of 4096 here, and it
-    # reads lm_head anew for each. Larger chunks are as fast as one product.
     loss_options = {"chunk_mem_const": options.loss_chunk} if options.liger else {}
 
     def step(ids: torch.Tensor) -> torch.Tensor:
@@ -114,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
         if not run["last_loss"] < run["first_loss"]:
             raise SystemExit(f"{tokens} tokens: the loss did not fall: {run['first_loss']} to {run['last_loss']}")
         if not options.stock:
-            planned = make_plan(in_full, Step(tokens, rank=options.rank, expert_rank=options.rank), 24 * GIB)
+            wanted = Step(tokens, rank=options.rank, expert_rank=options.rank, liger=options.liger)
+            planned = make_plan(in_full, replace(wanted, chunked_loss=options.liger), 24 * GIB)
             run["planned_gib"] = (planned.peak - planned.parts["CUDA context"]) / GIB
         runs.append({"tokens": tokens, **run})
         print(json.dumps(runs[-1]), flush=True)
@@ -146,6 +138,7 @@ def command(arguments: list[str]) -> str:
 def measure(step, ids: torch.Tensor, steps: int, device: str) -> dict:
     """Milliseconds a step, tokens a second, peak memory, and the losses at both ends."""
     if device == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     times, losses = [], []
     for _ in range(steps):
@@ -160,6 +153,7 @@ def measure(step, ids: torch.Tensor, steps: int, device: str) -> dict:
         "step_ms": median * 1e3,
         "tokens_per_second": ids.numel() / median,
         "peak_gib": torch.cuda.max_memory_allocated() / GIB if device == "cuda" else None,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if device == "cuda" else None,
         "first_loss": losses[0].item(),
         "last_loss": losses[-1].item(),
     }
@@ -204,14 +198,15 @@ def write(result: dict, folder: Path) -> None:
     ]
     lines += [f"{result['environment']['device']}, torch {result['environment']['torch']}", ""]
     lines += [
-        "| tokens | ms a step | tokens a second | peak GiB | planned GiB | first step, s |",
-        "|---|---|---|---|---|---|",
+        "| tokens | ms a step | tokens a second | peak GiB | reserved GiB | planned GiB | first step, s |",
+        "|---|---|---|---|---|---|---|",
     ]
     for run in result["runs"]:
-        peak, planned = (f"{run[key]:.2f}" if run.get(key) else "" for key in ("peak_gib", "planned_gib"))
+        memory = (run.get(f"{kind}_gib") for kind in ("peak", "reserved", "planned"))
+        sizes = " | ".join(f"{size:.2f}" if size else "" for size in memory)
         lines.append(
-            f"| {run['tokens']} | {run['step_ms']:.1f} | {run['tokens_per_second']:.0f} | {peak} "
-            f"| {planned} | {run['first_step_s']:.1f} |"
+            f"| {run['tokens']} | {run['step_ms']:.1f} | {run['tokens_per_second']:.0f} | {sizes} "
+            f"| {run['first_step_s']:.1f} |"
         )
     if "profile" in result:
         found = result["profile"]

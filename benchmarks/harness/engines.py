@@ -5,6 +5,8 @@ ddp      LoRA over 4 bit, the whole model on every rank
 fsdp2    the same, every decoder layer sharded over the ranks
 whole    all weights in bf16, sharded by FSDP2
 ep       all weights in bf16: experts stay with the rank that has them and tokens travel, the rest is sharded
+
+The first three, as a user would train them, have Liger's norms, rotary embedding and loss where it runs.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import shutil
 import tempfile
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -24,12 +25,15 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 from qwen3_moe_integration import KernelSource, kernelize_model, register
 
 from .model import random_4_bit_model
+from .training import LOSS_CHUNK, add_lora, apply_liger, checkpointed, liger_runs
 
-ENGINES = ("alone", "ddp", "fsdp2", "whole", "ep")
-LORA = {
-    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-}
+LORA_ENGINES = ("alone", "ddp", "fsdp2")
+ENGINES = (*LORA_ENGINES, "whole", "ep")
+
+
+def loss_options(engine: str, device: torch.device) -> dict:
+    """What the forward of an engine's model takes beside tokens."""
+    return {"chunk_mem_const": LOSS_CHUNK} if engine in LORA_ENGINES and liger_runs(device.type) else {}
 
 
 def build(engine: str, sizes: Qwen3MoeConfig, rank: int, kernel: KernelSource, device: torch.device) -> nn.Module:
@@ -44,19 +48,16 @@ def build(engine: str, sizes: Qwen3MoeConfig, rank: int, kernel: KernelSource, d
     """
     torch.manual_seed(0)
     if engine == "ep":
-        return _checkpointed(_expert_parallel(sizes, kernel, device))
+        return checkpointed(_expert_parallel(sizes, kernel, device))
     if engine == "whole":
         with device:
             model = Qwen3MoeForCausalLM._from_config(sizes, dtype=torch.bfloat16)
-        model = kernelize_model(_checkpointed(model), kernel=kernel)
+        model = kernelize_model(checkpointed(model), kernel=kernel)
     else:
         model = random_4_bit_model(sizes, device.type, storage=torch.bfloat16)
-        model = kernelize_model(_checkpointed(model), kernel=kernel)
-        model.enable_input_require_grads()
-        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, **LORA), autocast_adapter_dtype=False)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
+        if liger_runs(device.type):
+            apply_liger(model)
+        model = add_lora(kernelize_model(checkpointed(model), kernel=kernel), rank)
     if engine == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     if engine in ("fsdp2", "whole"):
@@ -88,9 +89,3 @@ def _expert_parallel(sizes: Qwen3MoeConfig, kernel: KernelSource, device: torch.
     if distributed.get_rank() == 0:
         shutil.rmtree(folder[0])
     return model
-
-
-def _checkpointed(model: nn.Module) -> nn.Module:
-    model.config.use_cache = False
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()

@@ -97,11 +97,10 @@ def test_the_peak_is_what_train_step_measured_on_an_h100(layers, tokens, measure
 def test_a_layer_s_backward_reads_what_is_counted(source, rank):
     tokens, sizes = 1000, SMALL | dict(num_attention_heads=6, head_dim=16, num_experts=16)
     made = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).bfloat16()
-    counted = read_bytes(shapes(made), Step(tokens, rank=2, expert_rank=rank, liger=False))
+    counted = read_bytes(shapes(made), Step(tokens, rank=4, expert_rank=rank, liger=False))
     kernelize_model(made, "training", source)
     lora = LORA if rank else dict(target_modules=LORA["target_modules"])
-    rank_of_experts = {"rank_pattern": {r".*experts.*": rank}} if rank else {}
-    get_peft_model(made, LoraConfig(r=2, **lora, **rank_of_experts), autocast_adapter_dtype=False)
+    get_peft_model(made, LoraConfig(r=4, **lora), autocast_adapter_dtype=False)
     hidden = torch.randn(1, tokens, 64, dtype=torch.bfloat16, requires_grad=True)
     rotary = made.model.rotary_emb(hidden, torch.arange(tokens)[None])
     known = {x.untyped_storage().data_ptr() for x in (hidden, *rotary, *made.parameters())}

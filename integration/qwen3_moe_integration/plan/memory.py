@@ -10,7 +10,8 @@ step needs beside them depends on tokens = batch size * sequence length:
 
 The peak is the largest of three moments: the loss, with everything kept and no gradient yet; the first turn; and the
 last, with nothing kept but all gradients. Between those two, what is kept shrinks as evenly as gradients grow. Layers
-in CUDA graphs have memory of their own, as much as a turn takes, which nothing else may use: it adds to the loss.
+in CUDA graphs have memory of their own, as much as a turn takes, which nothing else may use: it adds to the loss. And
+what goes in and comes out of the graphs has a place of its own.
 """
 
 from dataclasses import dataclass, replace
@@ -169,17 +170,21 @@ def moments(model: Shapes, step: Step, adapters: float) -> list[Moment]:
     state, read = HALF * model.hidden * step.tokens, read_bytes(model, step)
     kept = state if step.checkpointing else state + read
     again = read if step.checkpointing else 0
+    gradients = adapters / model.layers
     turns = [
         Moment(again + state + working, scratch=scratch) for working, scratch in experts_backward_bytes(model, step)
     ]
-    found = []
+    pool, fixed = Moment(), 0
+    if step.graphs:
+        turns = [max(turns, key=sum)]
+        pool, fixed = turns[0], 4 * state + gradients
+    at_loss = Moment(fixed + model.layers * kept + pool.activations, 0, loss_bytes(model, step), pool.scratch)
+    found = [at_loss]
     for turn in turns:
-        first = turn._replace(activations=model.layers * kept + turn.activations, gradients=adapters / model.layers)
-        last = turn._replace(activations=kept + turn.activations, gradients=adapters)
+        first = turn._replace(activations=fixed + model.layers * kept + turn.activations, gradients=gradients)
+        last = turn._replace(activations=fixed + kept + turn.activations, gradients=adapters)
         found += [first, last]
-    pool = max(turns, key=sum) if step.graphs else Moment()
-    at_loss = Moment(model.layers * kept + pool.activations, 0, loss_bytes(model, step), pool.scratch)
-    return [at_loss, *found]
+    return found
 
 
 def weight_bytes(model: Shapes, step: Step) -> float:
