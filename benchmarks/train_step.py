@@ -15,27 +15,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import bitsandbytes
 import torch
 from harness.environment import environment
-from harness.measure import synchronize
 from harness.model import TINY, config, random_4_bit_model
+from harness.step import GIB, adam, command, measure, profiled, token_ids, training_step, write
 from harness.training import LOSS_CHUNK, add_lora, apply_liger, checkpointed
-from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen3_moe_integration import KernelSource, kernelize_model
 from qwen3_moe_integration.plan import Step, make_plan
 
-GIB = 2**30
 CONTEXT = 0.6
-WARM_UP = 3
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -86,137 +81,30 @@ def main(argv: list[str] | None = None) -> None:
         in_full = Qwen3MoeForCausalLM(sizes)
     model = build(options, sizes, device)
     built = time.perf_counter() - started
-    trained = [p for p in model.parameters() if p.requires_grad]
-    adam = bitsandbytes.optim.AdamW8bit if device == "cuda" else torch.optim.AdamW
-    optimizer = adam(trained, lr=2e-4)
     loss_options = {"chunk_mem_const": options.loss_chunk} if options.liger else {}
-
-    def step(ids: torch.Tensor) -> torch.Tensor:
-        loss = model(input_ids=ids, labels=ids, **loss_options).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
+    step = training_step(model, adam(model, device), **loss_options)
     runs = []
     for tokens in options.tokens:
-        ids = torch.randint(model.config.vocab_size, (1, tokens), device=device)
-        run = measure(step, ids, options.steps, device)
-        if not run["last_loss"] < run["first_loss"]:
-            raise SystemExit(f"{tokens} tokens: the loss did not fall: {run['first_loss']} to {run['last_loss']}")
+        run = measure(step, token_ids(model, tokens), options.steps, device)
         if not options.stock:
             wanted = Step(tokens, rank=options.rank, expert_rank=options.rank, liger=options.liger)
             planned = make_plan(in_full, replace(wanted, chunked_loss=options.liger), 24 * GIB)
             run["planned_gib"] = (planned.peak - planned.parts["CUDA context"]) / GIB
-        runs.append({"tokens": tokens, **run})
+        runs.append(run)
         print(json.dumps(runs[-1]), flush=True)
     result = {
-        "command": command(argv or sys.argv[1:]),
+        "command": command("train_step.py", argv or sys.argv[1:]),
         "environment": environment(device),
         "stock": options.stock,
         "layers": options.layers,
         "rank": options.rank,
-        "trained_parameters": sum(p.numel() for p in trained),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds_to_build": built,
         "runs": runs,
     }
     if options.profile:
-        ids = torch.randint(model.config.vocab_size, (1, options.profile), device=device)
-        result["profile"] = {"tokens": options.profile, **profiled(step, ids, device)}
-    write(result, options.out)
-
-
-def command(arguments: list[str]) -> str:
-    """The line that started this, less where the results went."""
-    kept = list(arguments)
-    if "--out" in kept:
-        at = kept.index("--out")
-        del kept[at : at + 2]
-    return " ".join(["python", "benchmarks/train_step.py", *kept])
-
-
-def measure(step, ids: torch.Tensor, steps: int, device: str) -> dict:
-    """Milliseconds a step, tokens a second, peak memory, and the losses at both ends."""
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    times, losses = [], []
-    for _ in range(steps):
-        synchronize(device)
-        start = time.perf_counter()
-        losses.append(step(ids))
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    median = statistics.median(times[min(WARM_UP, steps - 1) :])
-    return {
-        "first_step_s": times[0],
-        "step_ms": median * 1e3,
-        "tokens_per_second": ids.numel() / median,
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB if device == "cuda" else None,
-        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if device == "cuda" else None,
-        "first_loss": losses[0].item(),
-        "last_loss": losses[-1].item(),
-    }
-
-
-def profiled(step, ids: torch.Tensor, device: str, steps: int = 3) -> dict:
-    """Time of every kernel a step, longest first, and the share of the time in which the GPU ran none."""
-    step(ids)
-    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
-    synchronize(device)
-    with profile(activities=[activity]) as recorded:
-        start = time.perf_counter()
-        for _ in range(steps):
-            step(ids)
-        synchronize(device)
-        elapsed = time.perf_counter() - start
-    spent = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    events = sorted(recorded.key_averages(), key=lambda event: -getattr(event, spent))
-    busy = sum(getattr(event, spent) for event in events) / steps
-    kernels = [
-        {"name": event.key, "launches": event.count / steps, "us": getattr(event, spent) / steps}
-        for event in events
-        if getattr(event, spent)
-    ]
-    return {
-        "step_us": elapsed / steps * 1e6,
-        "busy_us": busy,
-        "idle": 1 - busy / (elapsed / steps * 1e6),
-        "kernels": kernels,
-    }
-
-
-def write(result: dict, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"train_step-{result['layers']}-layers{'-stock' if result['stock'] else ''}"
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    lines = [
-        f"# Training step, {result['layers']} layers, LoRA rank {result['rank']}",
-        "",
-        f"`{result['command']}`",
-        "",
-    ]
-    lines += [f"{result['environment']['device']}, torch {result['environment']['torch']}", ""]
-    lines += [
-        "| tokens | ms a step | tokens a second | peak GiB | reserved GiB | planned GiB | first step, s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for run in result["runs"]:
-        memory = (run.get(f"{kind}_gib") for kind in ("peak", "reserved", "planned"))
-        sizes = " | ".join(f"{size:.2f}" if size else "" for size in memory)
-        lines.append(
-            f"| {run['tokens']} | {run['step_ms']:.1f} | {run['tokens_per_second']:.0f} | {sizes} "
-            f"| {run['first_step_s']:.1f} |"
-        )
-    if "profile" in result:
-        found = result["profile"]
-        lines += ["", f"## {found['tokens']} tokens: {found['step_us'] / 1e3:.1f} ms, GPU idle {found['idle']:.0%}", ""]
-        lines += ["| launches | us | share | what |", "| ---: | ---: | ---: | --- |"]
-        for row in found["kernels"][:40]:
-            share = row["us"] / found["busy_us"]
-            lines.append(f"| {row['launches']:g} | {row['us']:.0f} | {share:.0%} | {row['name'][:100]} |")
-    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines[:60]))
+        result["profile"] = profiled(step, token_ids(model, options.profile), device)
+    write(result, options.out, f"train_step-{options.layers}-layers{'-stock' if options.stock else ''}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,151 @@
+"""Whole training steps: what one does, how it is timed and profiled, and what is written of it.
+
+The same tokens come back every step, so the loss must fall.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from .measure import synchronize
+
+GIB = 2**30
+WARM_UP = 3
+Step = Callable[[torch.Tensor], torch.Tensor]
+
+
+def adam(model: nn.Module, device: str) -> torch.optim.Optimizer:
+    """Of the parameters that are trained, with 8-bit states on a GPU."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if device == "cuda":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(trained, lr=2e-4)
+    return torch.optim.AdamW(trained, lr=2e-4)
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, **loss_options: Any) -> Step:
+    """From token ids (1, T) to the loss, with the parameters changed."""
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        loss = model(input_ids=ids, labels=ids, **loss_options).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def token_ids(model: nn.Module, tokens: int) -> torch.Tensor:
+    """Random, (1, tokens)."""
+    return torch.randint(model.config.vocab_size, (1, tokens), device=next(model.parameters()).device)
+
+
+def command(script: str, arguments: list[str]) -> str:
+    """The line that started this, less where the results went."""
+    kept = list(arguments)
+    if "--out" in kept:
+        at = kept.index("--out")
+        del kept[at : at + 2]
+    return " ".join(["python", f"benchmarks/{script}", *kept])
+
+
+def measure(step: Step, ids: torch.Tensor, steps: int, device: str) -> dict:
+    """Milliseconds a step, tokens a second, peak memory, and the losses at both ends.
+
+    Raises:
+        SystemExit: the loss did not fall, so what was measured is no training.
+    """
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    times, losses = [], []
+    for _ in range(steps):
+        synchronize(device)
+        start = time.perf_counter()
+        losses.append(step(ids))
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    if not losses[-1] < losses[0]:
+        raise SystemExit(f"{ids.numel()} tokens: the loss did not fall: {losses[0].item()} to {losses[-1].item()}")
+    median = statistics.median(times[min(WARM_UP, steps - 1) :])
+    return {
+        "tokens": ids.numel(),
+        "first_step_s": times[0],
+        "step_ms": median * 1e3,
+        "tokens_per_second": ids.numel() / median,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB if device == "cuda" else None,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if device == "cuda" else None,
+        "first_loss": losses[0].item(),
+        "last_loss": losses[-1].item(),
+    }
+
+
+def profiled(step: Step, ids: torch.Tensor, device: str, steps: int = 3) -> dict:
+    """Time of every kernel a step, longest first, and the share of the time in which the GPU ran none."""
+    step(ids)
+    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    synchronize(device)
+    with profile(activities=[activity]) as recorded:
+        start = time.perf_counter()
+        for _ in range(steps):
+            step(ids)
+        synchronize(device)
+        elapsed = time.perf_counter() - start
+    spent = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    events = sorted(recorded.key_averages(), key=lambda event: -getattr(event, spent))
+    busy = sum(getattr(event, spent) for event in events) / steps
+    kernels = [
+        {"name": event.key, "launches": event.count / steps, "us": getattr(event, spent) / steps}
+        for event in events
+        if getattr(event, spent)
+    ]
+    return {
+        "tokens": ids.numel(),
+        "step_us": elapsed / steps * 1e6,
+        "busy_us": busy,
+        "idle": 1 - busy / (elapsed / steps * 1e6),
+        "kernels": kernels,
+    }
+
+
+def write(result: dict, folder: Path, name: str) -> None:
+    """Into ``name``.json and, as tables, ``name``.md; prints the tables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    lines = [
+        f"# Training step, {result['layers']} layers, LoRA rank {result['rank']}",
+        "",
+        f"`{result['command']}`",
+        "",
+    ]
+    lines += [f"{result['environment']['device']}, torch {result['environment']['torch']}", ""]
+    lines += [
+        "| tokens | ms a step | tokens a second | peak GiB | reserved GiB | planned GiB | first step, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in result["runs"]:
+        memory = (run.get(f"{kind}_gib") for kind in ("peak", "reserved", "planned"))
+        sizes = " | ".join(f"{size:.2f}" if size else "" for size in memory)
+        lines.append(
+            f"| {run['tokens']} | {run['step_ms']:.1f} | {run['tokens_per_second']:.0f} | {sizes} "
+            f"| {run['first_step_s']:.1f} |"
+        )
+    if "profile" in result:
+        found = result["profile"]
+        lines += ["", f"## {found['tokens']} tokens: {found['step_us'] / 1e3:.1f} ms, GPU idle {found['idle']:.0%}", ""]
+        lines += ["| launches | us | share | what |", "| ---: | ---: | ---: | --- |"]
+        for row in found["kernels"][:40]:
+            share = row["us"] / found["busy_us"]
+            lines.append(f"| {row['launches']:g} | {row['us']:.0f} | {share:.0%} | {row['name'][:100]} |")
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines[:60]))
