@@ -83,6 +83,7 @@ def _call(function: Callable, arguments: tuple, folder: Path, environment: dict[
         os.dup2(stream.fileno(), 2)
     os.environ.update(environment)
     sys.path.insert(0, str(ROOT / "integration"))
+    sys.path.append(str(ROOT / "tests/packages"))  # last: where such a package is installed, that one is taken
     os.chdir(folder)
     torch.set_num_threads(1)
     function(*arguments)

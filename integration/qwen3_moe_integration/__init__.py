@@ -2,9 +2,10 @@
 no Triton."""
 
 from . import peft_hooks
-from .kernelize import kernelize_model, register
+from .kernelize import kernelize_model
 from .lora import expert_lora_config
 from .quantize import MoeBitsAndBytesConfig, legacy_config
+from .registry import register
 from .source import KernelSource
 
 __all__ = [

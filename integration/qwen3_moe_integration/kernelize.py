@@ -1,34 +1,33 @@
-"""Swaps the kernel into models: into one that is loaded, or through Transformers while a model loads.
+"""Swaps the kernel into a model that is loaded.
 
 ``kernels.kernelize`` gives a module the ``forward`` of a kernel layer and leaves everything else, so weights,
 ``state_dict`` and the router's hooks stay as they were. It is called directly: Transformers' own wrapper accepts one
 range of ``kernels`` versions only, and keeps quiet about a layer for which it finds no kernel.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from typing import Optional
 
 import torch
-from kernels import Mode, kernelize, register_kernel_mapping, replace_kernel_forward_from_hub, use_kernel_mapping
+from kernels import Mode, kernelize, register_kernel_mapping, use_kernel_mapping
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from .experts import EXPERTS_IMPLEMENTATION, experts_function
-from .lora import adopt
-from .source import KernelLayer, KernelSource
+from .experts import EXPERTS_IMPLEMENTATION
+from .peft_hooks import adopt
+from .registry import FROM_HUB, LAYERS, load_kernel, make_extensible, mapping
+from .source import KernelSource
 
-LAYERS = (Qwen3MoeSparseMoeBlock, Qwen3MoeExperts)
 MODES = {"training": Mode.TRAINING | Mode.TORCH_COMPILE, "inference": Mode.INFERENCE | Mode.TORCH_COMPILE}
-FROM_HUB = KernelSource()
 
 
 def kernelize_model(model: nn.Module, mode: str = "training", kernel: KernelSource = FROM_HUB) -> nn.Module:
     """Runs the experts of a loaded Qwen3-MoE model on the kernel.
 
     Works before and after PEFT wraps the model, and lasts through ``train()`` and ``eval()``. Weights and
-    ``state_dict`` do not change. LoRA of the experts runs on the kernel too.
+    ``state_dict`` do not change. LoRA of the experts runs on the kernel too. So does a model that Unsloth has loaded;
+    call this after its ``get_peft_model`` and before the first step, which compiles what it finds.
 
     Args:
         model: a Qwen3-MoE model, or a module that contains one.
@@ -45,75 +44,41 @@ def kernelize_model(model: nn.Module, mode: str = "training", kernel: KernelSour
     """
     if mode not in MODES:
         raise ValueError(f'mode must be "training" or "inference", got {mode!r}')
-    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
+    layers = [module for module in model.modules() if _layer_name(module)]
     if not layers:
         raise ValueError(
             f"model must contain a Qwen3MoeSparseMoeBlock, got a {type(model).__name__} without one; other "
             f'Mixture-of-Experts models take experts_implementation="{EXPERTS_IMPLEMENTATION}" when they load'
         )
     _check_supported(layers, kernel)
-    _make_extensible()
+    for layer in layers:
+        make_extensible(type(layer), _layer_name(layer))
     adopt(model)
     # One layer serves all devices, so it does not matter where the weights lie at the moment.
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with use_kernel_mapping(_mapping(kernel), inherit_mapping=False), _beneath_hooks(layers):
+    with use_kernel_mapping(mapping(kernel), inherit_mapping=False), _beneath_hooks(layers):
         kernelize(_Only(layers), mode=MODES[mode], device=device, use_fallback=False)
     if any(getattr(module, "use_kernels", False) for module in model.modules()):
         # Transformers kernelizes such a model again, from what is registered, whenever it changes to train or eval.
-        register_kernel_mapping(_mapping(kernel))
+        register_kernel_mapping(mapping(kernel))
     return model
 
 
-def register(kernel: KernelSource = FROM_HUB) -> None:
-    """Makes the kernel known to Transformers, for models that are loaded after this call.
+def _layer_name(module: nn.Module) -> Optional[str]:
+    """The name of the kernel layer for a module; None if there is none.
 
-    ``from_pretrained(..., use_kernels=True)`` then swaps it into Qwen3-MoE, and
-    ``from_pretrained(..., experts_implementation="qwen3_moe_fused")`` runs on it the experts of every model whose
-    experts follow Transformers' interface. The kernel is loaded here, since later Transformers would say nothing of
-    a kernel that it could not load.
+    Told by the class's name: Unsloth compiles copies of Transformers' classes, and builds models of those.
     """
-    function = experts_function(_load(kernel))
-    _make_extensible()
-    register_kernel_mapping(_mapping(kernel))
-    ExpertsInterface.register(EXPERTS_IMPLEMENTATION, function)
-
-
-def registered_experts() -> Callable:
-    """The experts function that Transformers knows: of the Hub's kernel, unless :func:`register` was called before."""
-    if EXPERTS_IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
-        register()
-    return ALL_EXPERTS_FUNCTIONS[EXPERTS_IMPLEMENTATION]
+    names = {layer.__name__ for layer in LAYERS}
+    return next((each.__name__ for each in type(module).__mro__ if each.__name__ in names), None)
 
 
 def _check_supported(layers: list, kernel: KernelSource) -> None:
-    unsupported_reason = _load(kernel).unsupported_reason
+    unsupported_reason = load_kernel(kernel).unsupported_reason
     for layer in layers:
-        reason = unsupported_reason(layer) if isinstance(layer, Qwen3MoeExperts) else None
+        reason = unsupported_reason(layer) if _layer_name(layer) == Qwen3MoeExperts.__name__ else None
         if reason is not None:
             raise ValueError(f"model has a {type(layer).__name__} that the kernel cannot compute: {reason}")
-
-
-def _load(kernel: KernelSource) -> ModuleType:
-    if not isinstance(kernel, KernelSource):
-        raise TypeError(f"kernel must be a KernelSource, got {kernel!r}")
-    return kernel.load()
-
-
-def _make_extensible() -> None:
-    """Transformers names no kernel layer for these classes; without a name ``kernelize`` passes them by."""
-    for layer in LAYERS:
-        replace_kernel_forward_from_hub(layer, layer.__name__)
-
-
-def _mapping(kernel: KernelSource) -> dict:
-    """The layers can train and be compiled, and every lesser mode falls back to such a layer."""
-    return {
-        layer.__name__: {
-            device: {Mode.TRAINING | Mode.TORCH_COMPILE: KernelLayer(kernel, layer.__name__)}
-            for device in ("cuda", "cpu")
-        }
-        for layer in LAYERS
-    }
 
 
 @contextmanager

@@ -156,13 +156,6 @@ def check_config(config: LoraConfig) -> None:
             raise ValueError(f"{name} must be False for experts, got {getattr(config, name)!r}")
 
 
-def adopt(model: nn.Module) -> None:
-    """Has the wrappers of experts that PEFT made before this package was imported act as those here."""
-    for module in model.modules():
-        if type(module) is peft_layer.ParamWrapper and has_experts(module.get_base_layer(), module.parameter_name):
-            module.__class__ = ParamWrapper
-
-
 def has_experts(module: nn.Module, parameter_name: Optional[str]) -> bool:
     """Whether a parameter is one of the two projections of an experts module."""
     return parameter_name in PROJECTIONS and all(

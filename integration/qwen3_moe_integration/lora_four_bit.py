@@ -19,6 +19,10 @@ from .quantize.stacks import decode, place_stack, quantize_stack
 class ParamWrapper(lora.ParamWrapper):
     """Adapts one projection of experts in 4 bit, which run on the kernel alone."""
 
+    def get_param(self) -> nn.Parameter:
+        """The packed stack, also where another library has PEFT's wrapper decode it here."""
+        return getattr(self.get_base_layer(), self.parameter_name)
+
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         """In the order of the stack's dimensions; PEFT swaps them, as for any experts that are not transposed."""
         self.num_experts, rows, columns = self.get_param().quant_state.shape

@@ -85,7 +85,7 @@ def test_gradients_reach_the_layers_below_and_no_expert(registered, tmp_path):
 
 def test_quantizing_registers_the_kernel_of_the_hub_if_nobody_did(source, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("qwen3_moe_integration.kernelize.register", lambda: calls.append(register(source)))
+    monkeypatch.setattr("qwen3_moe_integration.registry.register", lambda: calls.append(register(source)))
     monkeypatch.delitem(type(ALL_EXPERTS_FUNCTIONS)._global_mapping, "qwen3_moe_fused", raising=False)
     checkpoint(tmp_path)
     for _ in range(2):

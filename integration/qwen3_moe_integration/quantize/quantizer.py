@@ -16,7 +16,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationMethod
 
 from ..experts import EXPERTS_IMPLEMENTATION
-from ..kernelize import registered_experts
+from ..registry import registered_experts
 from .config import METHOD, MoeBitsAndBytesConfig
 from .conversion import AsItIs, Quantize, QuantizeStack, Reader, ReadStack, ReadWeight
 from .files import SAVE_ID, check_files, new_save_id
