@@ -27,7 +27,7 @@ from harness.step import GIB, adam, command, measure, profiled, token_ids, train
 from harness.training import LOSS_CHUNK, add_lora, apply_liger, checkpointed
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from qwen3_moe_integration import KernelSource, kernelize_model
+from qwen3_moe_integration import KernelSource, enable_graphed_checkpointing, kernelize_model
 from qwen3_moe_integration.plan import Step, make_plan
 
 CONTEXT = 0.6
@@ -49,6 +49,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--loss-chunk", type=int, default=LOSS_CHUNK, help="Liger's chunk_mem_const; its own is 1")
     parser.add_argument("--stock", action="store_true", help="Transformers and PEFT without the kernel")
     parser.add_argument("--compile", action="store_true", help="compile each decoder layer, whole")
+    parser.add_argument("--graphs", action="store_true", help="checkpoint each layer by CUDA graphs")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: tries this script, on a CPU too")
     return parser.parse_args(argv)
 
@@ -63,6 +64,8 @@ def build(options: argparse.Namespace, sizes: Qwen3MoeConfig, device: str) -> to
         kernelize_model(model, "training", KernelSource(path=options.kernel) if options.kernel else KernelSource())
     layers = model.model.layers
     model = add_lora(checkpointed(model), options.rank)
+    if options.graphs:
+        enable_graphed_checkpointing(model)
     if options.compile:
         for layer in layers:
             layer.compile(fullgraph=True)
@@ -87,7 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     for tokens in options.tokens:
         run = measure(step, token_ids(model, tokens), options.steps, device)
         if not options.stock:
-            wanted = Step(tokens, rank=options.rank, expert_rank=options.rank, liger=options.liger)
+            wanted = Step(
+                tokens, rank=options.rank, expert_rank=options.rank, liger=options.liger, graphs=options.graphs
+            )
             planned = make_plan(in_full, replace(wanted, chunked_loss=options.liger), 24 * GIB)
             run["planned_gib"] = (planned.peak - planned.parts["CUDA context"]) / GIB
         runs.append(run)

@@ -34,7 +34,7 @@ from transformers import (
     set_seed,
 )
 
-from qwen3_moe_integration import expert_lora_config
+from qwen3_moe_integration import enable_graphed_checkpointing, expert_lora_config
 
 ON_GPU = DEVICE == "cuda"
 
@@ -60,6 +60,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="less memory, a third more time; default: on, of the small model off",
     )
+    parser.add_argument(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        help="gradient checkpointing by CUDA graphs, two launches a layer and step; default: on a GPU, with the former",
+    )
     parser.add_argument("--gpu-memory", type=float, help="GiB that the run may take (default: what the GPU has)")
     parser.add_argument("--report-to", default="none", help="a tracker that the Trainer knows, such as tensorboard")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
@@ -70,6 +75,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in {**defaults, "expert_rank": options.rank}.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if options.graphs is None:
+        options.graphs = ON_GPU and options.gradient_checkpointing
+    if options.graphs and not options.gradient_checkpointing:
+        parser.error("--graphs is a kind of gradient checkpointing; add --gradient-checkpointing")
     return options
 
 
@@ -175,7 +184,7 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, 
         "save_steps": options.save_every,
         "save_total_limit": 2,
         "logging_steps": max(1, min(10, options.steps // 10)),
-        "gradient_checkpointing": options.gradient_checkpointing,
+        "gradient_checkpointing": options.gradient_checkpointing and not options.graphs,
         "bf16": ON_GPU,
         "use_cpu": not ON_GPU,
         "dataloader_pin_memory": ON_GPU,
@@ -194,6 +203,8 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, 
         collator = None  # its own adds the attention mask that it counts tokens by
         arguments.pop("use_liger_kernel", None)  # it has a loss of its own
         arguments |= {"max_length": options.seq_len, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        if options.graphs:
+            arguments["router_aux_loss_coef"] = 0.0  # routers are frozen, and graphs do not record their logits
     return kind(
         model=model,
         args=config(**arguments),
@@ -242,6 +253,8 @@ def train(options: argparse.Namespace) -> Trainer:
     model = load_base(options, checkpoint)
     if not is_whole(options):
         model = with_adapter(model, options)
+    if options.graphs:
+        enable_graphed_checkpointing(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(f"Training {trained / 1e6:.2f} M parameters.")
     tokenizer = AutoTokenizer.from_pretrained(options.model or small_model(options.output))

@@ -27,6 +27,7 @@ def plan_for(options: argparse.Namespace) -> Plan:
         expert_rank=options.expert_rank,
         bits=options.bits,
         checkpointing=options.gradient_checkpointing,
+        graphs=options.graphs,
         chunked_loss=LIGER or options.trainer == "sft",
         liger=LIGER and options.trainer != "sft",
         byte_permutes=torch.version.hip is None and (DEVICE == "cpu" or torch.cuda.get_device_capability() >= (8, 0)),

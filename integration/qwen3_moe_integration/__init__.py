@@ -2,6 +2,7 @@
 no Triton."""
 
 from . import peft_hooks
+from .graphed import enable_graphed_checkpointing
 from .kernelize import kernelize_model
 from .lora import expert_lora_config
 from .quantize import MoeBitsAndBytesConfig, legacy_config
@@ -11,6 +12,7 @@ from .source import KernelSource
 __all__ = [
     "KernelSource",
     "MoeBitsAndBytesConfig",
+    "enable_graphed_checkpointing",
     "expert_lora_config",
     "kernelize_model",
     "legacy_config",

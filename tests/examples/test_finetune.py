@@ -107,6 +107,29 @@ def test_trl_trains_with_the_routers_loss(finetune, text, whole, tmp_path, trito
     assert len(aux_losses) == 4 and all(4 <= loss < 8 for loss in aux_losses)  # k experts a token: k if balanced
 
 
+@pytest.mark.gpu
+def test_graphs_change_no_loss(finetune, text, whole, tmp_path):
+    losses = []
+    for graphs in ("--graphs", "--no-graphs"):
+        output = tmp_path / graphs
+        output.mkdir()
+        (output / "small-qwen3-moe").symlink_to(whole / "small-qwen3-moe")
+        arguments = ("--dataset", text, "--output", output, "--steps", STEPS, "--gradient-checkpointing", graphs)
+        assert "without CUDA graphs" not in finetune(*arguments, *ADAPTER)
+        losses.append(_losses(output))
+    assert losses[0] == losses[1] and len(losses[0]) >= STEPS
+
+
+@pytest.mark.gpu
+def test_trl_trains_in_graphs(finetune, text, whole, tmp_path):
+    (tmp_path / "small-qwen3-moe").symlink_to(whole / "small-qwen3-moe")
+    arguments = ("--dataset", text, "--output", tmp_path, "--steps", STEPS, "--trainer", "sft", *ADAPTER)
+    printed = finetune(*arguments, "--gradient-checkpointing", "--graphs")
+    assert "without CUDA graphs" not in printed
+    before, after = _before_and_after(printed)
+    assert after < before - 0.1
+
+
 def test_trl_on_a_cpu_says_what_it_needs(finetune, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -177,7 +177,7 @@ def moments(model: Shapes, step: Step, adapters: float) -> list[Moment]:
     pool, fixed = Moment(), 0
     if step.graphs:
         turns = [max(turns, key=sum)]
-        pool, fixed = turns[0], 4 * state + gradients
+        pool, fixed = turns[0], 2 * state + gradients
     at_loss = Moment(fixed + model.layers * kept + pool.activations, 0, loss_bytes(model, step), pool.scratch)
     found = [at_loss]
     for turn in turns:

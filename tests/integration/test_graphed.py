@@ -1,0 +1,295 @@
+"""Checkpointing by CUDA graphs equals checkpointing; on a CPU a graph is stood in for by doing its work again."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from qwen3_moe_integration import KernelSource, enable_graphed_checkpointing, graphed
+from tests.integration.lora import config, pair
+from tests.integration.models import QWEN3, tokens
+
+Tensor = torch.Tensor
+
+
+class Redone:
+    """Records by keeping the work, and counts how often it is done."""
+
+    def __init__(self, device: torch.device):
+        self.generator = self
+        self.buffers = graphed._Buffers()
+        self.recorded = self.replayed = 0
+        made.append(self)
+
+    def record(self, work):
+        self.recorded += 1
+
+        def replay():
+            self.replayed += 1
+            work()
+
+        return replay
+
+    def get_offset(self) -> int:
+        return 0
+
+    def set_offset(self, offset: int) -> None:
+        assert offset == 0
+
+
+made: list[Redone] = []
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch) -> str:
+    """Where graphs are recorded."""
+    made.clear()
+    if request.param == "cpu":
+        monkeypatch.setattr(graphed, "_Device", Redone)
+        monkeypatch.setattr(graphed, "_can_record", lambda device: True)
+    graphed._warn_once.cache_clear()
+    return request.param
+
+
+@pytest.fixture
+def twins(kernel_dir, device) -> Iterator[tuple[PeftModel, PeftModel]]:
+    """Two models with the same weights and adapters on the kernel: one graphed, one checkpointed as usual."""
+    yield twins_of(kernel_dir, device)
+
+
+def twins_of(kernel_dir, device: str, **changes) -> tuple[PeftModel, PeftModel]:
+    model, _ = pair(KernelSource(path=kernel_dir), config(**changes))
+    model = model.to(device)
+    usual = copy.deepcopy(model)
+    usual.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return enable_graphed_checkpointing(model), usual
+
+
+def assert_same_steps(graphed_model: nn.Module, usual: nn.Module, batches: list[Tensor], rate: float = 0.1) -> None:
+    """Losses, gradients and weights are the same to the last bit through steps of training."""
+    models = graphed_model, usual
+    trained = [dict(trainable(model)) for model in models]
+    optimizers = [torch.optim.SGD(each.values(), lr=rate) for each in trained]
+    for number, batch in enumerate(batches):
+        losses = []
+        for model in models:
+            torch.manual_seed(number)
+            loss = model(input_ids=batch, labels=batch).loss
+            loss.backward()
+            losses.append(loss.detach())
+        assert torch.equal(*losses), f"step {number}"
+        for name, parameter in trained[0].items():
+            other = trained[1][name]
+            assert parameter.grad is not None and torch.equal(parameter.grad, other.grad), f"step {number}: {name}"
+            assert parameter.grad.abs().sum() > 0, f"step {number}: {name}"
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def recordings(model: nn.Module) -> int:
+    """How many ways of calling a layer were recorded."""
+    (checkpoint,) = {id(c): c for c in map(checkpoint_of, layers(model))}.values()
+    return sum(way.recording is not None for ways in checkpoint._known.values() for way in ways)
+
+
+def layers(model: nn.Module) -> nn.ModuleList:
+    return model.base_model.model.model.layers
+
+
+def checkpoint_of(layer: nn.Module) -> graphed.GraphedCheckpoint:
+    return layer._gradient_checkpointing_func
+
+
+def test_training_equals_usual_checkpointing_and_replays(twins, device):
+    batches = [tokens(device=device) for _ in range(5)]
+    assert_same_steps(*twins, batches)
+    assert recordings(twins[0]) == 2  # of two layers, from the second step on
+    if device == "cpu":
+        (recorder,) = made
+        assert (recorder.recorded, recorder.replayed) == (4, 2 * 2 * 4)
+
+
+def test_layers_alike_share_their_buffers(twins, device):
+    assert_same_steps(*twins, [tokens(device=device)] * 3)
+    model = twins[0]
+    checkpoint = checkpoint_of(layers(model)[0])
+    first, second = (ways[0].recording for ways in checkpoint._known.values())
+    assert first.state is second.state and first.grad is second.grad
+    assert [*map(id, first.grads)] == [*map(id, second.grads)]
+    assert len({*map(id, first.grads)}) == len([*trainable(layers(model)[0])])
+
+
+def test_gradients_add_up_over_steps(twins, device):
+    batches = [tokens(device=device) for _ in range(4)]
+    for model in twins:
+        for batch in batches:
+            model(input_ids=batch, labels=batch).loss.backward()
+    for (name, parameter), (_, other) in zip(trainable(twins[0]), trainable(twins[1])):
+        assert torch.equal(parameter.grad, other.grad), name
+
+
+def test_forwards_alone_are_not_recorded(twins, device):
+    """Nothing of backward is compiled yet."""
+    batch = tokens(device=device)
+    losses = [model(input_ids=batch, labels=batch).loss for model in twins for _ in range(3)]
+    assert recordings(twins[0]) == 0
+    for loss in losses[2::3]:
+        loss.backward()
+    assert_same_steps(*twins, [batch] * 2)
+    assert recordings(twins[0]) == 2
+
+
+def test_two_forwards_before_their_backwards(twins, device):
+    batches = [tokens(device=device) for _ in range(4)]
+    for model in twins:
+        for pair_of in (batches[:2], batches[2:], batches[:2]):
+            sum(model(input_ids=batch, labels=batch).loss for batch in pair_of).backward()
+    for (name, parameter), (_, other) in zip(trainable(twins[0]), trainable(twins[1])):
+        assert torch.equal(parameter.grad, other.grad), name
+
+
+def test_each_shape_is_recorded_until_there_are_too_many(kernel_dir, device):
+    model, usual = twins_of(kernel_dir, device)
+    enable_graphed_checkpointing(model, ways=2)
+    assert_same_steps(model, usual, [tokens(length=length, device=device) for length in (13, 7, 13, 7, 13, 7)])
+    assert recordings(model) == 2 * 2
+    with pytest.warns(UserWarning, match="more than 2 ways"):
+        assert_same_steps(model, usual, [tokens(length=5, device=device)] * 3)
+    assert recordings(model) == 2 * 2
+
+
+def test_a_mask_may_change_from_call_to_call(twins, device):
+    for step in range(4):
+        batch = tokens(device=device)
+        mask = torch.ones_like(batch)
+        mask[0, : step + 1] = 0
+        grads = []
+        for model in twins:
+            model.zero_grad()
+            model(input_ids=batch, attention_mask=mask, labels=batch).loss.backward()
+            grads.append([parameter.grad for _, parameter in trainable(model)])
+        assert all(torch.equal(a, b) for a, b in zip(*grads)), step
+    assert recordings(twins[0]) == 2
+
+
+def test_a_parameter_that_moved_is_read_where_it_is(twins, device):
+    assert_same_steps(*twins, [tokens(device=device)] * 3)
+    for model in twins:
+        for _, parameter in trainable(model):
+            parameter.data = parameter.data * 1.5
+    assert_same_steps(*twins, [tokens(device=device)] * 3)
+
+
+def test_an_adapter_switched_off_or_rescaled_changes_the_result(twins, device):
+    batch = tokens(device=device)
+    assert_same_steps(*twins, [batch] * 3)
+    for model in twins:
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.scaling["first"] *= 3
+    assert_same_steps(*twins, [batch] * 3)
+    for model in twins:
+        layers(model)[0].mlp.experts.enable_adapters(False)
+    losses = [model(input_ids=batch, labels=batch).loss for model in twins]
+    assert torch.equal(*losses)
+
+
+def test_under_autocast(kernel_dir, device):
+    model, usual = twins_of(kernel_dir, device)
+    with torch.autocast(device, torch.bfloat16):
+        assert_same_steps(model, usual, [tokens(device=device) for _ in range(4)])
+    assert recordings(model) == 2
+    assert_same_steps(model, usual, [tokens(device=device) for _ in range(3)])
+    assert recordings(model) == 4
+
+
+@pytest.mark.gpu
+def test_dropout_drops_the_same_as_without_graphs(kernel_dir):
+    graphed._warn_once.cache_clear()
+    model, usual = twins_of(kernel_dir, "cuda", lora_dropout=0.3)
+    assert_same_steps(model, usual, [tokens(device="cuda") for _ in range(5)])
+    assert recordings(model) == 2
+    batch, losses = tokens(device="cuda"), set()
+    for _ in range(4):
+        losses.add(model(input_ids=batch, labels=batch).loss.item())
+    assert len(losses) == 4  # each replay draws anew
+
+
+def test_without_a_gradient_nothing_is_recorded(twins, device):
+    batch = tokens(device=device)
+    with torch.no_grad():
+        losses = [model(input_ids=batch, labels=batch).loss for model in twins for _ in range(3)]
+    assert all(torch.equal(loss, losses[0]) for loss in losses) and recordings(twins[0]) == 0
+    for model in twins:
+        model.eval()
+    assert torch.equal(*[model(input_ids=batch, labels=batch).loss for model in twins])
+    assert recordings(twins[0]) == 0
+
+
+def test_frozen_layers_before_the_first_trained_one_are_left_alone(twins, device):
+    for model in twins:
+        layers(model)[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match="nothing in it or before it is trained"):
+        assert_same_steps(*twins, [tokens(device=device)] * 3)
+    assert recordings(twins[0]) == 1
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+def test_hooks_are_called(twins, device, kind):
+    called = []
+    module = layers(twins[0])[1].mlp.gate
+    getattr(module, f"register_{kind}_hook")(lambda *_: called.append(kind))
+    with pytest.warns(UserWarning, match="mlp.gate has hooks"):
+        assert_same_steps(*twins, [tokens(device=device)] * 3)
+    assert len(called) >= 3 and recordings(twins[0]) == 1
+
+
+def test_the_routers_logits_are_recorded_for_the_loss(twins, device):
+    batch = tokens(device=device)
+    losses = []
+    for model in twins:
+        for _ in range(3):
+            out = model(input_ids=batch, labels=batch, output_router_logits=True)
+        losses.append(out.aux_loss)
+        assert len(out.router_logits) == 2
+    assert torch.equal(*losses) and losses[0] > 0
+
+
+def test_a_layer_that_cannot_be_recorded_says_so(twins, device, monkeypatch):
+    batch = tokens(device=device)
+    model = twins[0]
+    model(input_ids=batch, labels=batch).loss.backward()
+
+    def fails(self, work):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphed._Device, "record", fails)
+    with pytest.raises(RuntimeError, match=r"Qwen3MoeDecoderLayer could not be recorded .* not permitted"):
+        model(input_ids=batch, labels=batch)
+
+
+def test_on_a_cpu_it_is_the_usual_one(kernel_dir, monkeypatch):
+    graphed._warn_once.cache_clear()
+    model, usual = twins_of(kernel_dir, "cpu")
+    with pytest.warns(UserWarning, match="without CUDA graphs: it runs on cpu"):
+        assert_same_steps(model, usual, [tokens()] * 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=tokens(), labels=tokens())  # said once
+
+
+def test_what_is_no_model_of_transformers_is_refused():
+    with pytest.raises(ValueError, match="model must be or contain a model of Transformers, got a Linear"):
+        enable_graphed_checkpointing(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="ways must be at least 1, got 0"):
+        enable_graphed_checkpointing(QWEN3.build(), ways=0)
