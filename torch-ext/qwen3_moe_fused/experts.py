@@ -9,15 +9,15 @@ Forward, four launches:
     down       intermediate                 -> one row a slot (S, H)
     combine    slots, top_k_weights         -> out (T, H), each token's k slots added in fp32 in a fixed order
 
-Backward with frozen experts, four launches; trained experts add one reduction each:
+Backward with frozen experts, three launches; trained experts add one reduction each:
 
-    tile_table        m_sizes                    -> tiles, cheaper made again than kept
     down_backward     grad_output rows, gathered -> grad of pre_activation (S, 2I), parts of that of top_k_weights
     linear            grad of pre_activation     -> one row a slot (S, H)
     combine_backward  slots, parts               -> grad of hidden_states (T, H) and of top_k_weights (T, k)
     weight_grad       an expert's rows           -> grad of gate_up_proj, of down_proj
 
-What backward keeps is hidden_states, pre_activation and the index tensors: the activation is cheaper to compute
+What backward keeps is hidden_states, pre_activation and the index tensors (tiles are made again where backward's
+have another height): the activation is cheaper to compute
 again than to read back, and no gathered or k-times repeated copy of the tokens is ever kept.
 
 Either weight may be in 4 bit: it is decoded on its way into the product, and has no gradient. Either projection may
@@ -94,18 +94,20 @@ def fused_experts(
         )
     _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
     gate_up, down = Projection(gate_up_proj, gate_up_lora), Projection(down_proj, down_lora)
-    flat = (*gate_up.flatten(), *down.flatten())
     seed = None
     for name, projection in (("gate_up", gate_up), ("down", down)):
         if projection.lora is not None:
             check_lora(f"{name}_lora", projection.lora, f"{name}_proj", projection.weight)
             if projection.lora.dropout and seed is None:
                 seed = torch.randint(2**31, (1,), device=hidden_states.device)
-    inputs = (hidden_states, top_k_index, top_k_weights, *flat, seed, activation)
-    save = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-    if _op_is_seen(inputs):
-        return _forward(*inputs, save)[0]
-    return FusedExperts.apply(*inputs) if save else FORWARD[hidden_states.device.type](*inputs, False)[0]
+    tokens = (hidden_states, top_k_index, top_k_weights)
+    leaves = _leaves(hidden_states, top_k_weights, gate_up, down)
+    save = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in leaves])
+    if _op_is_seen((*leaves, top_k_index, gate_up.stored, down.stored)):
+        return _forward(*tokens, *gate_up.flatten(), *down.flatten(), seed, activation, save)[0]
+    if save:
+        return FusedExperts.apply(top_k_index, gate_up.frozen(), down.frozen(), seed, activation, *leaves)
+    return FORWARD[hidden_states.device.type](*tokens, gate_up, down, seed, activation, False)[0]
 
 
 def _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation) -> None:
@@ -161,8 +163,8 @@ def _forward(
     activation: str,
     save: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return FORWARD["cuda"](
-        hidden_states, top_k_index, top_k_weights,
+    return _run_forward(
+        "cuda", hidden_states, top_k_index, top_k_weights,
         gate_up_proj, gate_up_absmax, gate_up_code, gate_up_nested_absmax, gate_up_nested_code,
         gate_up_nested_offset, gate_up_numbers, gate_up_A, gate_up_B, gate_up_scaling, gate_up_dropout,
         down_proj, down_absmax, down_code, down_nested_absmax, down_nested_code,
@@ -207,8 +209,8 @@ def _backward(
     m_sizes: Tensor,
     wanted: List[bool],
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return BACKWARD["cuda"](
-        grad_output, hidden_states, top_k_index, top_k_weights,
+    return _run_backward(
+        "cuda", grad_output, hidden_states, top_k_index, top_k_weights,
         gate_up_proj, gate_up_absmax, gate_up_code, gate_up_nested_absmax, gate_up_nested_code,
         gate_up_nested_offset, gate_up_numbers, gate_up_A, gate_up_B, gate_up_scaling, gate_up_dropout,
         down_proj, down_absmax, down_code, down_nested_absmax, down_nested_code,
@@ -217,25 +219,20 @@ def _backward(
     )  # fmt: skip
 
 
-def forward_on(function):
-    """``function(tokens, projections, ...)`` as a function of the op's plain arguments."""
-
-    def of_plain(hidden_states, top_k_index, top_k_weights, *rest):
-        projections, (seed, activation, save) = _projections(rest, hidden_states.dtype)
-        return function(hidden_states, top_k_index, top_k_weights, *projections, seed, activation, save)
-
-    return of_plain
+def _run_forward(device: str, hidden_states, top_k_index, top_k_weights, *rest) -> Tuple[Tensor, ...]:
+    """The op. Its results are tensors, and their number and sizes follow from its arguments alone: it leaves out the
+    tile table, and an empty tensor stands for what there is not."""
+    projections, (seed, activation, save) = _projections(rest, hidden_states.dtype)
+    results = FORWARD[device](hidden_states, top_k_index, top_k_weights, *projections, seed, activation, save)
+    return tuple(hidden_states.new_empty(0) if x is None else x for x in results[:SAVED_BY_OP])
 
 
-def backward_on(function):
-    """Likewise for the op of backward."""
-
-    def of_plain(grad_output, hidden_states, top_k_index, top_k_weights, *rest):
-        projections, (seed, activation, *saved, wanted) = _projections(rest, hidden_states.dtype)
-        tokens = (grad_output, hidden_states, top_k_index, top_k_weights)
-        return tuple(function(*tokens, *projections, seed, tuple(saved), activation, Gradients(*wanted)))
-
-    return of_plain
+def _run_backward(device: str, grad_output, hidden_states, top_k_index, top_k_weights, *rest) -> Tuple[Tensor, ...]:
+    """The op of backward, likewise."""
+    projections, (seed, activation, *saved, wanted) = _projections(rest, hidden_states.dtype)
+    tokens = (grad_output, hidden_states, top_k_index, top_k_weights)
+    grads = BACKWARD[device](*tokens, *projections, seed, tuple(saved), activation, Gradients(*wanted))
+    return tuple(hidden_states.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _projections(flat: Tuple, dtype: torch.dtype) -> Tuple[Tuple[Projection, Projection], Tuple]:
@@ -248,22 +245,22 @@ def _launch_forward(hidden_states, *rest):
     from .kernels.experts import experts_forward  # Triton is imported only where it can run
 
     with torch.cuda.device(hidden_states.device):
-        return forward_on(experts_forward)(hidden_states, *rest)
+        return experts_forward(hidden_states, *rest)
 
 
 def _launch_backward(grad_output, *rest):
     from .kernels.experts import experts_backward
 
     with torch.cuda.device(grad_output.device):
-        return backward_on(experts_backward)(grad_output, *rest)
+        return experts_backward(grad_output, *rest)
 
 
-FORWARD = {"cpu": forward_on(reference.experts_forward), "cuda": _launch_forward}
-BACKWARD = {"cpu": backward_on(reference.experts_backward), "cuda": _launch_backward}
-"""What computes the layer on a device, as functions of the ops' plain arguments."""
+FORWARD = {"cpu": reference.experts_forward, "cuda": _launch_forward}
+BACKWARD = {"cpu": reference.experts_backward, "cuda": _launch_backward}
+"""What computes the layer on a device, see ``reference``."""
 
-_forward.register_kernel("cpu")(lambda *inputs: FORWARD["cpu"](*inputs))
-_backward.register_kernel("cpu")(lambda *inputs: BACKWARD["cpu"](*inputs))
+_forward.register_kernel("cpu")(lambda *inputs: _run_forward("cpu", *inputs))
+_backward.register_kernel("cpu")(lambda *inputs: _run_backward("cpu", *inputs))
 
 
 @_forward.register_fake
@@ -271,11 +268,11 @@ def _(hidden_states, top_k_index, top_k_weights, *rest):
     (gate_up, down), (_, _, save) = _projections(rest, hidden_states.dtype)
     slots = top_k_index.numel()
     widths = gate_up.weight.shape[1], gate_up.low_rank_width, down.low_rank_width
+    sizes = slots, gate_up.weight.shape[0]
     return (
         hidden_states.new_empty(hidden_states.shape),
-        *(hidden_states.new_empty(slots if save else 0, width) for width in widths),
-        top_k_index.new_empty(slots, dtype=torch.int32),
-        top_k_index.new_empty(gate_up.weight.shape[0], dtype=torch.int32),
+        *(hidden_states.new_empty((slots, width) if save and width else 0) for width in widths),
+        *(top_k_index.new_empty(size, dtype=torch.int32) if save else hidden_states.new_empty(0) for size in sizes),
     )
 
 
@@ -292,32 +289,26 @@ DIFFERENTIABLE |= {"gate_up_A": 10, "gate_up_B": 11, "down_A": 10 + FLAT, "down_
 
 def _setup_context(ctx, inputs, output):
     _, *saved = output
+    inputs = inputs[:-1]
     ctx.mark_non_differentiable(*saved)
-    _save(ctx, inputs[:-1], saved)
-
-
-def _save(ctx, inputs, saved) -> None:
     ctx.set_materialize_grads(False)
     ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
     ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *saved)
 
 
-def _gradients(backward, ctx, grad_output) -> Tuple:
-    """``backward`` is the op, or what it stands for."""
+def _op_gradients(ctx, grad_output, *_) -> Tuple:
     grads = [None] * len(ctx.needs_input_grad)
     if grad_output is not None:
         tensors = ctx.saved_tensors
         inputs = [tensor if other is None else other for tensor, other in zip(tensors, ctx.others)]
         wanted = [ctx.needs_input_grad[at] for at in DIFFERENTIABLE.values()]
-        computed = backward(grad_output, *inputs, *tensors[len(inputs) :], wanted)
+        computed = _backward(grad_output, *inputs, *tensors[len(inputs) :], wanted)
         for at, asked, grad in zip(DIFFERENTIABLE.values(), wanted, computed):
             grads[at] = grad if asked else None
     return tuple(grads)
 
 
-_forward.register_autograd(
-    lambda ctx, grad_output, *_: _gradients(_backward, ctx, grad_output), setup_context=_setup_context
-)
+_forward.register_autograd(_op_gradients, setup_context=_setup_context)
 
 
 class FusedExperts(torch.autograd.Function):
@@ -328,27 +319,61 @@ class FusedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, *inputs):
-        out, *saved = FORWARD[inputs[0].device.type](*inputs, True)
-        _save(ctx, inputs, saved)
+    def forward(ctx, top_k_index, frozen_gate_up, frozen_down, seed, activation, *leaves):
+        hidden_states, top_k_weights, gate_up, down = _with_leaves(frozen_gate_up, frozen_down, leaves)
+        out, *saved = FORWARD[hidden_states.device.type](
+            hidden_states, top_k_index, top_k_weights, gate_up, down, seed, activation, True
+        )
+        ctx.set_materialize_grads(False)
+        ctx.others = frozen_gate_up, frozen_down, activation
+        ctx.save_for_backward(*leaves, top_k_index, seed, *saved)
         return out
 
     @staticmethod
     def backward(ctx, grad_output):
-        # Under create_graph the op must be in the graph: it refuses a second derivative, which would be wrong.
-        backward = _backward if torch.is_grad_enabled() else BACKWARD[grad_output.device.type]
-        return _gradients(backward, ctx, grad_output)
+        if grad_output is None:
+            return (None,) * (5 + LEAVES)
+        frozen_gate_up, frozen_down, activation = ctx.others
+        tensors = ctx.saved_tensors
+        leaves, (top_k_index, seed, *saved) = tensors[:LEAVES], tensors[LEAVES:]
+        hidden_states, top_k_weights, gate_up, down = _with_leaves(frozen_gate_up, frozen_down, leaves)
+        tokens = (grad_output, hidden_states, top_k_index, top_k_weights)
+        wanted = ctx.needs_input_grad[-LEAVES:]
+        if torch.is_grad_enabled():
+            # create_graph: the op must be in the graph, it refuses a second derivative, which would be wrong.
+            saved = [hidden_states.new_empty(0) if x is None else x for x in saved[: SAVED_BY_OP - 1]]
+            grads = _backward(*tokens, *gate_up.flatten(), *down.flatten(), seed, activation, *saved, list(wanted))
+        else:
+            grads = BACKWARD[grad_output.device.type](
+                *tokens, gate_up, down, seed, tuple(saved), activation, Gradients(*wanted)
+            )
+        return (None,) * 5 + tuple([grad if asked else None for asked, grad in zip(wanted, grads)])
 
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None), list, float, str}
+def _leaves(hidden_states, top_k_weights, gate_up: Projection, down: Projection) -> Tuple[Optional[Tensor], ...]:
+    """The tensors that can have a gradient, in the order of ``Gradients``; None for what there is not."""
+    (gate_up_proj, *gate_up_factors), (down_proj, *down_factors) = gate_up.leaves(), down.leaves()
+    return (hidden_states, top_k_weights, gate_up_proj, down_proj, *gate_up_factors, *down_factors)
 
 
-def _op_is_seen(inputs: Tuple) -> bool:
+def _with_leaves(frozen_gate_up: Projection, frozen_down: Projection, leaves: Tuple) -> Tuple:
+    """hidden_states, top_k_weights and both projections, whole again."""
+    hidden_states, top_k_weights, gate_up_proj, down_proj, *factors = leaves
+    gate_up = frozen_gate_up.with_leaves(gate_up_proj, *factors[:2])
+    return hidden_states, top_k_weights, gate_up, frozen_down.with_leaves(down_proj, *factors[2:])
+
+
+LEAVES = len(Gradients._fields)
+SAVED_BY_OP = 6
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+def _op_is_seen(tensors: Tuple) -> bool:
     """Whether there is someone who wants to see the op: torch.compile, a dispatch mode (which may trace, count or
     save by op), torch.func, or a kind of tensor (fake, distributed) that gives it another meaning."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or not {*map(type, inputs)} <= _PLAIN
+        or not {*map(type, tensors)} <= _PLAIN
     )

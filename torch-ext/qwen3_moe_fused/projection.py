@@ -86,6 +86,23 @@ class Projection(NamedTuple):
         """Columns of x A^T: r, 2r if the halves have an A each, 0 without an adapter."""
         return 0 if self.lora is None else self.lora.A.shape[1]
 
+    @property
+    def stored(self) -> Tensor:
+        """The tensor that holds the weight."""
+        return self.weight.packed if self.four_bit else self.weight
+
+    def leaves(self) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+        """What can have a gradient: the weight if it is dense, A and B; None for what there is not."""
+        return (None if self.four_bit else self.weight, *(self.lora or (None, None))[:2])
+
+    def frozen(self) -> "Projection":
+        """What cannot: the rest, for ``with_leaves`` to make whole again."""
+        return Projection(self.weight if self.four_bit else None, self.lora and self.lora._replace(A=None, B=None))
+
+    def with_leaves(self, weight: Optional[Tensor], A: Optional[Tensor], B: Optional[Tensor]) -> "Projection":
+        lora = self.lora and Lora(A, B, self.lora.scaling, self.lora.dropout)
+        return Projection(self.weight if weight is None else weight, lora)
+
     def flatten(self) -> Tuple:
         """Tensor, five statistics, six numbers (none if dense), A, B, scaling, dropout: what an op takes."""
         if self.four_bit:
@@ -160,28 +177,24 @@ def check_four_bit(name: str, weight: FourBitWeight) -> None:
     experts, n, k = weight.shape
     if k % 2:
         raise ValueError(f"{name}.shape must have an even last dimension, two weights a byte, got {weight.shape}")
-    blocks = -(-experts * n * k // weight.blocksize)
-    nested = weight.nested_blocksize != 0
     check_device(f"{name}.packed", weight.packed)
-    wanted = {
-        "packed": (torch.uint8, (experts * n * k // 2,)),
-        "absmax": (torch.uint8 if nested else torch.float32, (blocks,)),
-        "code": (torch.float32, (16,)),
-    }
+    nested, device = weight.nested_blocksize != 0, weight.packed.device
+    blocks = -(-experts * n * k // weight.blocksize)
+    wanted = [(torch.uint8, (experts * n * k // 2,)), (torch.uint8 if nested else torch.float32, (blocks,))]
+    wanted += [(torch.float32, (16,))]
     if nested:
-        wanted["nested_absmax"] = (torch.float32, (-(-blocks // weight.nested_blocksize),))
-        wanted["nested_code"] = (torch.float32, (256,))
-        wanted["nested_offset"] = (torch.float32, ())
-    for field, (dtype, shape) in wanted.items():
-        tensor = getattr(weight, field)
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else repr(tensor)
+        wanted += [(torch.float32, (-(-blocks // weight.nested_blocksize),)), (torch.float32, (256,))]
+        wanted += [(torch.float32, ())]
+    for field, tensor, (dtype, shape) in zip(weight._fields, weight, wanted):
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.shape != shape:
+            got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
             raise ValueError(
                 f"{name}.{field} must be {dtype} of shape {shape} for a stack of {weight.shape}, got {got}"
             )
         if not tensor.is_contiguous():
             raise ValueError(f"{name}.{field} must be contiguous, got strides {tensor.stride()}")
-        check_like(f"{name}.{field}", tensor, f"{name}.packed", weight.packed, dtype=False)
+        if tensor.device != device:
+            raise ValueError(f"{name}.{field} must be on {device} like {name}.packed, got {tensor.device}")
 
 
 def check_lora(name: str, lora: Lora, weight_name: str, weight: Weight) -> None:

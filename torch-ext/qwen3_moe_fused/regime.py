@@ -67,13 +67,20 @@ def plan(
         first = dense.down_backward if backward else dense.gate_up
         scratch = LARGE_SCRATCH if rows <= LARGE_SCRATCH_ROWS else SCRATCH
         return Plan(way, dense.block_m, first, dense.linear, False, scratch)
-    table = _PLAIN if way == "plain" else _FAST_BACKWARD if backward else _FAST
-    block_m, first, second = table[max((least for least in table if least <= rows), default=min(table))]
-    if backward:
-        first, second = _whole(first, down_proj.shape[2]), _whole(second, gate_up_proj.shape[2])
+    block_m, first, second = _tiles(way, rows, down_proj.shape[2], gate_up_proj.shape[2], backward)
     both = isinstance(gate_up_proj, FourBitWeight) and isinstance(down_proj, FourBitWeight)
     permute = way == "fast" and both and not backward and rows >= PERMUTE_ROWS
     return Plan(way, block_m, first, second, permute, 0)
+
+
+@functools.lru_cache(maxsize=1024)  # of rows there may be as many as there are lengths of batches
+def _tiles(way: str, rows: int, intermediate: int, hidden: int, backward: bool) -> Tuple[int, Tile, Tile]:
+    """Rows a tile, first and second. Kept, for the host takes 5 us to find them."""
+    table = _PLAIN if way == "plain" else _FAST_BACKWARD if backward else _FAST
+    block_m, first, second = table[max((least for least in table if least <= rows), default=min(table))]
+    if backward:
+        first, second = _whole(first, intermediate), _whole(second, hidden)
+    return block_m, first, second
 
 
 def regime(rows: int, weights: Tuple[Weight, ...], dtype: torch.dtype, device: torch.device) -> str:

@@ -42,8 +42,8 @@ def triton_kernel(kernel, launchers) -> ModuleType:
         for name, launcher in launcher_of.items():
             getattr(importlib.import_module(f"{kernel.__name__}.{file}"), name).register_kernel("cpu")(launcher)
     experts = importlib.import_module(f"{kernel.__name__}.experts")
-    experts.FORWARD["cpu"] = experts.forward_on(launchers.experts_forward)
-    experts.BACKWARD["cpu"] = experts.backward_on(launchers.experts_backward)
+    experts.FORWARD["cpu"] = launchers.experts_forward
+    experts.BACKWARD["cpu"] = launchers.experts_backward
     four_bit = importlib.import_module(f"{kernel.__name__}.four_bit")
     four_bit._dequantize.register_kernel("cpu")(four_bit._on_stack(launchers.dequantize))
     return kernel

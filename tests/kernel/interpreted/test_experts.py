@@ -59,10 +59,11 @@ def test_forward_fills_the_pre_activation_only_to_save_it(launchers, save):
     problem = Problem(imbalance="some_skipped")
     inputs = problem.draw("cpu", torch.float32)
     with poisoned_memory("cpu"):
-        _, pre_activation, _, _, order, m_sizes = _forward(launchers, inputs, save)
-    rows = int(m_sizes.sum())
-    assert pre_activation.shape == (problem.T * problem.k if save else 0, 2 * problem.I)
+        _, pre_activation, *_, order, m_sizes = _forward(launchers, inputs, save)[:6]
+    assert (pre_activation is not None) == save
     if save:
+        assert pre_activation.shape == (problem.T * problem.k, 2 * problem.I)
+        rows = int(m_sizes.sum())
         slot = order[:rows].long()
         x, w = inputs.hidden_states[slot // problem.k], inputs.gate_up_proj[inputs.top_k_index.flatten()[slot]]
         ref = torch.einsum("bh,boh->bo", x.double(), w.double())
@@ -77,8 +78,9 @@ def test_backward_computes_only_what_is_asked_for(launchers, wanted):
     asked = launchers.Gradients(hidden, True, gate_up, down, False, False, False, False)
     with poisoned_memory("cpu"):
         grads = launchers.experts_backward(inputs.grad_output, *_layer(launchers, inputs), saved, "silu", asked)
-    assert [grad.numel() > 0 for grad in grads] == list(asked)
-    assert [grad.dtype for grad in grads[:4]] == [torch.float16, torch.float32, torch.float16, torch.float16]
+    assert [grad is not None for grad in grads] == list(asked)
+    dtypes = torch.float16, torch.float32, torch.float16, torch.float16
+    assert all(grad.dtype == dtype for grad, dtype in zip(grads, dtypes) if grad is not None)
 
 
 def _forward(launchers, inputs, save):

@@ -124,8 +124,8 @@ def test_backward_computes_only_what_is_asked_for(launchers):
         asked = launchers.Gradients(wanted[0] != wanted[3], True, False, False, *wanted)
         with poisoned_memory("cpu"):
             grads = layer.backward(launchers.experts_backward, saved, asked)
-        assert [grad.numel() > 0 for grad in grads] == list(asked)
-        assert all(grad.isfinite().all() for grad in grads)
+        assert [grad is not None for grad in grads] == list(asked)
+        assert all(grad.isfinite().all() for grad in grads if grad is not None)
         assert all(grad.dtype == torch.float32 for grad, asked in zip(grads[4:], wanted) if asked)
 
 
@@ -141,5 +141,5 @@ def test_one_projection_alone_may_have_an_adapter(launchers, kernel):
 def test_forward_keeps_low_rank_rows_only_to_save_them(launchers):
     layer = AdaptedLayer(launchers, SMALL, Adapter(halves=2))
     out, *_ = layer.forward(launchers.experts_forward)
-    again, _, *low_rank, _, _ = layer.forward(launchers.experts_forward, save=False)
-    assert torch.equal(out, again) and [tuple(x.shape) for x in low_rank] == [(0, 8), (0, 4)]
+    again, *unsaved = layer.forward(launchers.experts_forward, save=False)
+    assert torch.equal(out, again) and unsaved == [None] * 5

@@ -53,8 +53,8 @@ class Adapter(NamedTuple):
         wanted: Tuple[bool, bool],
         x_by_token: bool = False,
         weights: Optional[Tensor] = None,
-    ) -> Tuple[Tensor, Tensor]:
-        """The gradients of A and B, of size 0 if not wanted.
+    ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        """The gradients of A and B, None if not wanted.
 
         Args:
             x: the projection's input (M, K), or (T, K) by token; each row times its routing weight if ``weights`` are
@@ -76,7 +76,7 @@ class Adapter(NamedTuple):
             x_by_token, weights is not None, drop_bound(self.lora.dropout), self.stream,
             rows, tile.block_n, tile.block_k,
         )  # fmt: skip
-        return tuple(f.new_empty(0) if grad is None else grad for f, grad in ((A, grad_A), (B, grad_B)))
+        return grad_A, grad_B
 
     def _low_rank(
         self, a: Tensor, factor: Factor, by_token: bool, permuted: bool = False, dropout: float = 0.0

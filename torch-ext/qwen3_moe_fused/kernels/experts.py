@@ -20,6 +20,7 @@ from .routing import routing, tile_table
 from .weight_grad import weight_grad_rows
 
 Tensor = torch.Tensor
+UNSAVED = (None,) * 5
 
 
 def experts_forward(
@@ -32,22 +33,22 @@ def experts_forward(
     activation: str,
     save: bool,
 ) -> Tuple[Tensor, ...]:
-    """out (T, H); pre_activation (S, 2I), low_rank_gate_up (S, R) and low_rank_down (S, R), each with no rows unless
-    ``save``; order (S,), m_sizes (E,)."""
+    """As ``reference.experts_forward``; saved are also the tile table, offsets (E+1,) and tiles, unless backward's
+    tiles have another height."""
     gate_up_proj, down_proj = gate_up_projection.weight, down_projection.weight
     experts, hidden, width = down_proj.shape
     top_k_index = top_k_index.contiguous()
     slots, k = top_k_index.numel(), top_k_index.shape[1]
     dtype, device = hidden_states.dtype, hidden_states.device
     if not save and suits_gemv(slots, gate_up_projection, down_projection, device):
-        return _forward_of_few(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
+        out = _forward_of_few(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
+        return out, *UNSAVED
     dense = choose(slots, experts, dtype, device)
     chosen = plan(slots, gate_up_proj, down_proj, dtype, device, dense, backward=False)
     block_m, permute = chosen.block_m, chosen.permute
-    order, m_sizes, _, tiles = routing(top_k_index, experts, block_m)
+    order, m_sizes, offsets, tiles = routing(top_k_index, experts, block_m)
 
-    pre_activation = hidden_states.new_empty(slots if save else 0, 2 * width)
-    saved = pre_activation if save else None
+    pre_activation = hidden_states.new_empty(slots, 2 * width) if save else None
     gate_up_adapter, down_adapter = adapters(gate_up_projection, down_projection, dtype, seed, k, order, tiles, block_m)
     added = gate_up_adapter and gate_up_adapter.forward_addition(hidden_states, by_token=True)
     tokens = permuted(hidden_states) if permute else hidden_states
@@ -55,16 +56,19 @@ def experts_forward(
     tile = chosen.first.fit(width, hidden)
     for weight, expert in _parts(gate_up_proj, chosen, m_sizes, dtype, permute, out_slots):
         gate_up(
-            tokens, weight, order, tiles, k, activation, block_m, tile, saved, intermediate, added, expert, permute
+            tokens, weight, order, tiles, k, activation, block_m, tile, pre_activation, intermediate, added, expert,
+            permute,
         )  # fmt: skip
     added_down = down_adapter and down_adapter.forward_addition(intermediate, permuted=permute)
     tile = chosen.second.fit(hidden, width)
     for weight, expert in _parts(down_proj, chosen, m_sizes, dtype, permute):
         linear_tiles(intermediate, weight, tiles, block_m, tile, out_slots, order, added_down, expert)
     out = combine(out_slots, top_k_weights, top_k_index, experts)
-    rows = slots if save else 0
-    low_rank = (hidden_states.new_empty(rows, 0) if a is None else a.low_rank[:rows] for a in (added, added_down))
-    return out, pre_activation, *low_rank, order, m_sizes
+    if not save:
+        return out, *UNSAVED
+    same_tiles = plan(slots, gate_up_proj, down_proj, dtype, device, dense, backward=True).block_m == block_m
+    low_rank = (added and added.low_rank, added_down and added_down.low_rank)
+    return out, pre_activation, *low_rank, order, m_sizes, *((offsets, tiles) if same_tiles else ())
 
 
 def experts_backward(
@@ -79,8 +83,8 @@ def experts_backward(
     activation: str,
     wanted: Gradients,
 ) -> Gradients:
-    """The gradients that ``wanted`` names; the others have size 0."""
-    pre_activation, low_rank_gate_up, low_rank_down, order, m_sizes = saved
+    """The gradients that ``wanted`` names, and that of top_k_weights; None for the others."""
+    pre_activation, low_rank_gate_up, low_rank_down, order, m_sizes, *table = saved
     gate_up_proj, down_proj = gate_up_projection.weight, down_projection.weight
     experts, hidden, width = down_proj.shape
     top_k_index = top_k_index.contiguous()
@@ -89,7 +93,7 @@ def experts_backward(
     dense = choose(slots, experts, dtype, device)
     chosen = plan(slots, gate_up_proj, down_proj, dtype, device, dense, backward=True)
     block_m = chosen.block_m
-    offsets, tiles = tile_table(m_sizes, slots, block_m, rest=-1)
+    offsets, tiles = table or tile_table(m_sizes, slots, block_m, rest=-1)
 
     gate_up_adapter, down_adapter = adapters(gate_up_projection, down_projection, dtype, seed, k, order, tiles, block_m)
     added = down_adapter and down_adapter.backward_addition(grad_output, by_token=True)
@@ -103,32 +107,29 @@ def experts_backward(
             grad_output, weight, pre_activation, top_k_weights, order, tiles, activation, block_m, tile,
             grad_pre_activation, parts, weighted, added, expert,
         )  # fmt: skip
-    grads = Gradients(*(hidden_states.new_empty(0) for _ in wanted))
+    grad_gate_up_proj = grad_down_proj = None
+    grad_gate_up_factors = grad_down_factors = (None, None)
     step, tile = dense.weight_grad_block_m, dense.weight_grad
     if wanted.down_proj:
         grad_down_proj = weight_grad_rows(
             grad_output, weighted, offsets, step, tile.fit(hidden, width), order, k, grad_by_token=True
         )
-        grads = grads._replace(down_proj=grad_down_proj)
     if wanted.down_A or wanted.down_B:
-        grad_A, grad_B = down_adapter.factor_grads(
+        grad_down_factors = down_adapter.factor_grads(
             weighted, grad_output, low_rank_down, added.low_rank, offsets, (wanted.down_A, wanted.down_B),
             weights=top_k_weights,
         )  # fmt: skip
-        grads = grads._replace(down_A=grad_A, down_B=grad_B)
     del weighted
     if wanted.gate_up_proj:
         grad_gate_up_proj = weight_grad_rows(
             grad_pre_activation, hidden_states, offsets, step, tile.fit(2 * width, hidden), order, k, x_by_token=True
         )
-        grads = grads._replace(gate_up_proj=grad_gate_up_proj)
     added = gate_up_adapter and gate_up_adapter.backward_addition(grad_pre_activation)
     if wanted.gate_up_A or wanted.gate_up_B:
-        grad_A, grad_B = gate_up_adapter.factor_grads(
+        grad_gate_up_factors = gate_up_adapter.factor_grads(
             hidden_states, grad_pre_activation, low_rank_gate_up, added.low_rank, offsets,
             (wanted.gate_up_A, wanted.gate_up_B), x_by_token=True,
         )  # fmt: skip
-        grads = grads._replace(gate_up_A=grad_A, gate_up_B=grad_B)
     if wanted.hidden_states:
         tile = chosen.second.fit(hidden, 2 * width)
         for weight, expert in _parts(gate_up_proj, chosen, m_sizes, dtype):
@@ -136,9 +137,8 @@ def experts_backward(
                 grad_pre_activation, weight, tiles, block_m, tile, grad_slots, order, added, expert, transposed=True
             )  # fmt: skip
     grad_hidden_states, grad_weights = combine_backward(grad_slots, parts, top_k_index, experts, top_k_weights.dtype)
-    if wanted.hidden_states:
-        grads = grads._replace(hidden_states=grad_hidden_states)
-    return grads._replace(top_k_weights=grad_weights)
+    grads = (grad_hidden_states, grad_weights, grad_gate_up_proj, grad_down_proj)
+    return Gradients(*grads, *grad_gate_up_factors, *grad_down_factors)
 
 
 def _forward_of_few(
@@ -148,17 +148,15 @@ def _forward_of_few(
     gate_up_proj: FourBitWeight,
     down_proj: FourBitWeight,
     activation: str,
-) -> Tuple[Tensor, ...]:
-    """``experts_forward`` without sorting, so order and m_sizes say nothing; only backward would ask for them."""
+) -> Tensor:
+    """out (T, H) of ``experts_forward`` without sorting."""
     experts, hidden, width = down_proj.shape
     slots = top_k_index.numel()
     intermediate = hidden_states.new_empty(slots, width)
     gemv(hidden_states, gate_up_proj, top_k_index, intermediate, activation)
     out_slots = hidden_states.new_empty(slots, hidden)
     gemv(intermediate, down_proj, top_k_index, out_slots)
-    out = combine(out_slots, top_k_weights, top_k_index, experts)
-    unsaved = (hidden_states.new_empty(0, columns) for columns in (2 * width, 0, 0))
-    return out, *unsaved, *(top_k_index.new_empty(size, dtype=torch.int32) for size in (slots, experts))
+    return combine(out_slots, top_k_weights, top_k_index, experts)
 
 
 def _parts(
