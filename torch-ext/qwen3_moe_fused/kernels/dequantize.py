@@ -84,7 +84,7 @@ def dequantize_experts(weight: FourBitWeight, first: int, out: Tensor, m_sizes: 
         and weight.blocksize % 8 == 0
         and weight.packed.data_ptr() % 4 == 0
     ):
-        pointers = pointers._replace(packed=weight.packed.view(torch.int32))
+        pointers = FourBitPointers(weight.packed.view(torch.int32), *weight[1:6])
         assembly, each = decode_exact(weight.quant_type), 8
     if out.numel():
         launch(

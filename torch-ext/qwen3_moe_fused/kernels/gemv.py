@@ -93,7 +93,7 @@ def gemv(x: Tensor, weight: FourBitWeight, top_k_index: Tensor, out: Tensor, act
     block_n, words = (8, 128) if activation else (16, 32)
     launch(
         _gemv_kernel, (slots, n // block_n), 4, 1,
-        (x, FourBitPointers(*weight[:6])._replace(packed=weight.packed.view(torch.int32)), top_k_index, out), (),
+        (x, FourBitPointers(weight.packed.view(torch.int32), *weight[1:6]), top_k_index, out), (),
         n, k, experts, slots // x.shape[0], activation, *x.stride(),
         block_n, words, decode_exact(weight.quant_type), weight.blocksize, weight.nested_blocksize,
     )  # fmt: skip
