@@ -11,6 +11,7 @@ from .adapter import adapters
 from .combine import combine, combine_backward
 from .dequantize import dequantize_experts
 from .down_backward import down_backward
+from .first_call import compiled_at_once
 from .four_bit_fast import fast_weight, permuted
 from .gate_up import gate_up
 from .gemv import gemv
@@ -23,6 +24,22 @@ Tensor = torch.Tensor
 UNSAVED = (None,) * 5
 
 
+def _forward_and_backward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest) -> None:
+    """``experts_forward``, and what is likely to follow: backward of all that is trained."""
+    out, *saved = experts_forward(hidden_states, top_k_index, top_k_weights, *rest)
+    gate_up_projection, down_projection, seed, activation, save = rest
+    if save:
+        trained = []
+        for projection in (gate_up_projection, down_projection):
+            trained.append(not projection.four_bit and projection.weight.requires_grad)
+        for projection in (gate_up_projection, down_projection):
+            trained += [x.requires_grad for x in projection.lora[:2]] if projection.lora else [False, False]
+        tokens = (torch.empty_like(out), hidden_states, top_k_index, top_k_weights)
+        wanted = Gradients(True, True, *trained)
+        experts_backward(*tokens, gate_up_projection, down_projection, seed, tuple(saved), activation, wanted)
+
+
+@compiled_at_once(_forward_and_backward)
 def experts_forward(
     hidden_states: Tensor,
     top_k_index: Tensor,
@@ -71,6 +88,7 @@ def experts_forward(
     return out, pre_activation, *low_rank, order, m_sizes, *((offsets, tiles) if same_tiles else ())
 
 
+@compiled_at_once()
 def experts_backward(
     grad_output: Tensor,
     hidden_states: Tensor,

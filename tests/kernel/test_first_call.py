@@ -1,0 +1,266 @@
+"""The first call: its kernels are compiled together in a rehearsal, and nothing is launched twice or left out.
+
+Triton's compiler is stood in for, and launches are only noted: what is tested is when each kernel is compiled, by which
+thread, and that the calls go on to launch what they would have launched anyway.
+"""
+
+import importlib
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import _async_compile, driver
+
+BF16 = torch.bfloat16
+E, H, I, K = 4, 128, 64, 2
+LAYERS = ["dense", "trained", "adapters", "4 bit", "4 bit with adapters"]
+
+
+class Compiler:
+    """Stands in for Triton on a card that is not here: ``compiled`` and ``launched`` hold kernels' names in order."""
+
+    utils = None
+
+    def __init__(self):
+        self.compiled: list[str] = []
+        self.in_turn: list[str] = []  # of these, by a launch that waited for it
+        self.launched: list[str] = []
+        self.broken = ""
+        self.on_compile: Callable[[str], None] = lambda name: None
+
+    def get_current_device(self) -> object:
+        return self  # Triton's caches are by device, so those of each test are its own
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def compile(self, kernel, key, signature, device, constexprs, options, attrs, warmup):
+        """``JITFunction._do_compile``."""
+        name, mode, cache = kernel.__name__, _async_compile.active_mode.get(), kernel.device_caches[device][0]
+
+        def work() -> SimpleNamespace:
+            self.on_compile(name)
+            if name == self.broken:
+                raise RuntimeError(f"{name} does not compile")
+            self.compiled.append(name)
+            return Compiled(name, self)
+
+        if mode is not None:
+            return mode.submit((name, key), work, lambda kernel: cache.__setitem__(key, kernel))
+        cache[key] = work()
+        self.in_turn.append(name)
+        return cache[key]
+
+
+class Compiled(SimpleNamespace):
+    """A compiled kernel as Triton launches it the first time, and ``launch`` ever after."""
+
+    function, packed_metadata = 0, ()
+
+    def __init__(self, name: str, compiler: Compiler):
+        super().__init__(name=name, compiler=compiler)
+
+    def launch_metadata(self, *args) -> None:
+        return None
+
+    def run(self, *args) -> None:
+        self.compiler.launched.append(self.name)
+
+
+@pytest.fixture
+def absent_card(monkeypatch) -> Compiler:
+    """A driver without a card, which Triton compiles for."""
+    card = Compiler()
+    monkeypatch.setattr(driver, "_active", card)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return card
+
+
+@pytest.fixture
+def compiler(kernel, absent_card, monkeypatch) -> Compiler:
+    """The same, which compiles nothing."""
+    monkeypatch.setattr(triton.JITFunction, "_do_compile", lambda kernel, *args: absent_card.compile(kernel, *args))
+    monkeypatch.setattr(_module(kernel, "launch"), "_compiled", {})
+    return absent_card
+
+
+def _module(kernel, name: str):
+    return importlib.import_module(f"{kernel.__name__}.kernels.{name}")
+
+
+class Layer:
+    """A layer's arguments, of memory that nobody fills, and its two directions."""
+
+    def __init__(self, kernel, kind: str, tokens: int = 24):
+        self.experts, self.projection = (
+            _module(kernel, "experts"),
+            importlib.import_module(f"{kernel.__name__}.projection"),
+        )
+        self.trained, self.adapted = kind == "trained", "adapters" in kind
+        weight = self._packed if "4 bit" in kind else self._dense
+        self.projections = [self._projection(weight, 2 * I, H), self._projection(weight, H, I)]
+        hidden = torch.empty(tokens, H, dtype=BF16)
+        self.tokens = hidden, torch.empty(tokens, K, dtype=torch.int64), hidden.new_empty(tokens, K)
+
+    def forward(self, save: bool = True) -> tuple:
+        return self.experts.experts_forward(*self.tokens, *self.projections, None, "silu", save)
+
+    def backward(self, saved: tuple) -> tuple:
+        wanted = self.projection.Gradients(True, True, *[self.trained] * 2, *[self.adapted] * 4)
+        gradient = torch.empty_like(self.tokens[0])
+        return self.experts.experts_backward(gradient, *self.tokens, *self.projections, None, saved, "silu", wanted)
+
+    def step(self) -> None:
+        _, *saved = self.forward()
+        self.backward(tuple(saved))
+
+    def _projection(self, weight: Callable, n: int, k: int):
+        lora = None
+        if self.adapted:
+            lora = self.projection.Lora(*(torch.empty(E, *shape, requires_grad=True) for shape in ((8, k), (n, 8))))
+        return self.projection.Projection(weight(n, k), lora)
+
+    def _dense(self, n: int, k: int) -> torch.Tensor:
+        return torch.empty(E, n, k, dtype=BF16, requires_grad=self.trained)
+
+    def _packed(self, n: int, k: int):
+        data, absmax = torch.empty(E * n * k // 2, dtype=torch.uint8), torch.empty(E * n * k // 64)
+        code, nested = torch.empty(16), (None,) * 3
+        return self.projection.FourBitWeight(data, absmax, code, *nested, (E, n, k), 64, 0, "nf4", BF16)
+
+
+@pytest.mark.parametrize("tokens", [24, 3000])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_forward_compiles_all_of_a_training_step_at_once(kernel, compiler, kind, tokens):
+    compiler.on_compile = lambda name: threads.add(threading.current_thread())
+    threads = set()
+    layer = Layer(kernel, kind, tokens)
+    _, *saved = layer.forward()
+    assert {"_gate_up_kernel", "_down_backward_kernel", "_combine_backward_kernel"} <= set(compiler.compiled)
+    assert "_down_backward_kernel" not in compiler.launched
+    known = len(compiler.compiled)
+    layer.backward(tuple(saved))
+    assert len(compiler.compiled) == known and not compiler.in_turn and threading.main_thread() not in threads
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_first_step_launches_what_every_step_launches(kernel, compiler, kind, monkeypatch):
+    layer = Layer(kernel, kind)
+    layer.step()
+    first = list(compiler.launched)
+    monkeypatch.setattr(_module(kernel, "first_call"), "_rehearse", None)  # would fail if it were called
+    layer.step()
+    Layer(kernel, kind, tokens=23).step()
+    assert compiler.launched == 3 * first and first
+
+
+def test_inference_compiles_no_kernel_of_backward(kernel, compiler):
+    Layer(kernel, "dense").forward(save=False)
+    assert sorted(set(compiler.compiled)) == sorted(set(compiler.launched)) and compiler.launched
+
+
+def test_backward_with_other_gradients_compiles_the_rest_at_once(kernel, compiler):
+    layer = Layer(kernel, "dense")
+    _, *saved = layer.forward()
+    layer.trained = True
+    known = set(compiler.compiled)
+    layer.backward(tuple(saved))
+    assert compiler.launched.count("_weight_grad_kernel") == 2 and not compiler.in_turn
+    assert "_weight_grad_kernel" in set(compiler.compiled) - known
+
+
+def test_a_kernel_that_does_not_compile_fails_where_it_is_launched(kernel, compiler):
+    compiler.broken = "_down_backward_kernel"
+    layer = Layer(kernel, "dense")
+    _, *saved = layer.forward()
+    assert compiler.launched[-1] == "_combine_kernel"
+    with pytest.raises(RuntimeError, match="_down_backward_kernel does not compile"):
+        layer.backward(tuple(saved))
+    compiler.broken = ""
+    layer.backward(tuple(saved))
+    assert compiler.launched[-1] == "_combine_backward_kernel"
+
+
+def test_while_a_graph_is_captured_kernels_are_compiled_in_turn(kernel, compiler, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    Layer(kernel, "dense").forward()
+    assert compiler.in_turn == compiler.compiled and set(compiler.launched) == set(compiler.compiled)
+
+
+def test_a_triton_that_cannot_compile_at_once_compiles_in_turn(kernel, compiler, monkeypatch):
+    monkeypatch.delattr(triton, "AsyncCompileMode")
+    layer = Layer(kernel, "adapters")
+    layer.step()
+    assert compiler.in_turn == compiler.compiled
+    first = list(compiler.launched)
+    layer.step()
+    assert compiler.launched == 2 * first
+
+
+def test_a_mode_the_caller_has_entered_is_left_alone(kernel, compiler):
+    class Mode(triton.AsyncCompileMode):
+        def submit(self, *args):
+            raise AssertionError("compiled by the caller's executor")
+
+    with Mode(None) as mode:
+        Layer(kernel, "dense").step()
+        assert _async_compile.active_mode.get() is mode
+    assert not compiler.in_turn
+
+
+def test_another_thread_launches_while_one_rehearses(kernel, compiler):
+    """Both what it has and what it lacks, and neither is lost."""
+    settled = Layer(kernel, "dense")
+    settled.step()
+    step = list(compiler.launched)
+    compiling, go_on = threading.Event(), threading.Event()
+
+    def wait(name: str) -> None:
+        compiling.set()
+        assert go_on.wait(30)
+
+    compiler.on_compile = wait
+    rehearsing = threading.Thread(target=Layer(kernel, "adapters").step)
+    rehearsing.start()
+    assert compiling.wait(30)
+    compiler.launched.clear()
+    settled.step()
+    assert compiler.launched == step
+    waiting = threading.Thread(target=Layer(kernel, "trained").step)
+    waiting.start()
+    go_on.set()
+    for thread in (rehearsing, waiting):
+        thread.join(30)
+        assert not thread.is_alive()
+    assert not compiler.in_turn and compiler.launched.count("_weight_grad_kernel") == 2
+    assert compiler.launched.count("low_rank_kernel") == 4
+    assert not _module(kernel, "first_call").rehearsing
+
+
+@triton.jit
+def _fill(x, VALUE: tl.constexpr):
+    tl.store(x + tl.arange(0, 16), VALUE)
+
+
+def test_tritons_own_compiler_does_it_in_threads(kernel, absent_card, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    first_call, launch = _module(kernel, "first_call"), _module(kernel, "launch").launch
+    x = torch.empty(16)
+
+    def call() -> None:
+        for value in (1.0, 2.0, 3.0, 2.0):
+            launch(_fill, (1,), 1, 1, (x,), (), value)
+
+    first_call._rehearse(call, ())
+    compiled = _fill.device_caches[absent_card][0].values()
+    assert [kernel.asm["ptx"].count("st.global") for kernel in compiled] == [1, 1, 1]
+    assert len(list(tmp_path.rglob("*.cubin"))) == 3
