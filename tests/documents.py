@@ -6,6 +6,7 @@ Names that a reader would replace stand for files that are there: a page runs in
     <!-- needs: gpu -->    runs only where there is one
 """
 
+import importlib
 import io
 import multiprocessing
 import os
@@ -21,6 +22,8 @@ from unittest.mock import patch
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ROOT / "tests/packages"
+"""Stand-ins for packages that need a GPU."""
 PRELOADED = [
     "torch",
     "datasets",
@@ -83,10 +86,16 @@ def _call(function: Callable, arguments: tuple, folder: Path, environment: dict[
         os.dup2(stream.fileno(), 2)
     os.environ.update(environment)
     sys.path.insert(0, str(ROOT / "integration"))
-    sys.path.append(str(ROOT / "tests/packages"))  # last: where such a package is installed, that one is taken
+    sys.path.append(str(PACKAGES))  # last: where such a package is installed, that one is taken
     os.chdir(folder)
     torch.set_num_threads(1)
     function(*arguments)
+
+
+def call_main(script: Path, *arguments: Any) -> None:
+    """Imports a script and calls its ``main``, as its command line would."""
+    sys.path.insert(0, str(script.parent))
+    importlib.import_module(script.stem).main([*map(str, arguments)])
 
 
 def _run_page(page: Path, chosen: list[Block], check: Callable[[list[dict]], Any]) -> None:

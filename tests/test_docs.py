@@ -80,6 +80,11 @@ def check_trl(after):
         check_runs_on_the_kernel(after[-1]["plain"])
 
 
+def check_unsloth(after):
+    check_runs_on_the_kernel(after[-1]["model"])
+    assert Path("my-adapter/adapter_model.safetensors").is_file()
+
+
 def check_other_models(after):
     for names in after:
         check_runs_on_the_kernel(names["model"])
@@ -111,6 +116,7 @@ CHECKS = {
     "docs/kernelize.md": check_kernelize,
     "docs/peft.md": check_peft,
     "docs/trl.md": check_trl,
+    "docs/unsloth.md": check_unsloth,
     "docs/other-models.md": check_other_models,
     "docs/convert.md": check_convert,
     "docs/tuning.md": check_commands_alone,

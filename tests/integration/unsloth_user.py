@@ -10,6 +10,7 @@ from peft.tuners.lora import model as peft_model
 from torch import nn
 
 from qwen3_moe_integration import KernelSource, kernelize_model, lora, lora_four_bit
+from tests.documents import ROOT, call_main
 from tests.integration.lora import StackSized
 from tests.integration.models import ExpertsCalls, tokens
 from tests.kernel.oracle import assert_close
@@ -110,3 +111,8 @@ def refuse_to_run_without_the_kernel(folder: Path) -> None:
     model = adapted(load(folder))
     with pytest.raises(ValueError, match="can run on the kernel alone; call kernelize_model"):
         step(model, tokens())
+
+
+def finetune_without_a_kernel(folder: Path) -> None:
+    with pytest.raises(SystemExit, match=r"cannot be put on the kernel(.|\n)*python scripts/build_kernel.py"):
+        call_main(ROOT / "examples/finetune_unsloth.py", "--output", folder, "--kernel", folder / "nowhere")

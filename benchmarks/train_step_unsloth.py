@@ -1,0 +1,122 @@
+"""A whole training step of a model that Unsloth loads: on Unsloth's own experts, or on this kernel.
+
+    python benchmarks/train_step_unsloth.py --layers 8 --tokens 1024 4096 8192                    all of it Unsloth's
+    python benchmarks/train_step_unsloth.py --layers 8 --tokens 1024 4096 8192 --kernel .         its experts ours
+
+The model, the step and the tables are those of train_step.py. Unsloth loads from files alone, so a checkpoint in bf16
+with random weights is made in --checkpoints first, 1.3 GB a layer, and stays there. Adapters are Unsloth's, in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+import torch
+from harness.environment import environment
+from harness.peers import installed
+from harness.step import adam, command, measure, profiled, token_ids, training_step, write
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", type=Path, help="folder of a built kernel (default: Unsloth's own experts)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--checkpoints", type=Path, default=Path("outputs/checkpoints"))
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096, 8192])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=10, help="steps of each length, the first three not counted")
+    parser.add_argument("--profile", type=int, metavar="TOKENS", help="profile steps of this length too")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: tries this script")
+    return parser.parse_args(argv)
+
+
+def checkpoint(options: argparse.Namespace) -> Path:
+    """The folder of the model's files; makes them if they are not there, in a process that Unsloth has not changed."""
+    folder = options.checkpoints / f"qwen3-moe-{options.layers}-layers{'-tiny' if options.tiny else ''}"
+    if not folder.exists():
+        maker = multiprocessing.get_context("spawn").Process(target=make, args=(folder, options.layers, options.tiny))
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            raise SystemExit(f"The checkpoint {folder} could not be made")
+    return folder
+
+
+def make(folder: Path, layers: int, tiny: bool) -> None:
+    from harness.model import TINY, config
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen3MoeForCausalLM._from_config(config(layers, **TINY if tiny else {}), dtype=torch.bfloat16)
+    beside = folder.with_name(folder.name + ".part")
+    model.save_pretrained(beside)
+    # As many words as the model has embeddings: Unsloth sets those of no word to zero.
+    special = {"unk_token": "<unk>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    words = [*special.values(), *(f"w{i}" for i in range(len(special), model.config.vocab_size))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(beside)
+    beside.rename(folder)
+
+
+def build(options: argparse.Namespace, folder: Path) -> torch.nn.Module:
+    from unsloth import FastModel  # before Transformers and PEFT, which it changes while it is imported
+
+    model, _ = FastModel.from_pretrained(
+        str(folder), max_seq_length=max(options.tokens), dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
+    )
+    model = FastModel.get_peft_model(
+        model,
+        r=options.rank,
+        lora_alpha=options.rank,
+        target_modules=TARGETS,
+        use_gradient_checkpointing="unsloth",
+        random_state=0,
+    )
+    if options.kernel:
+        # Imported before, it would wrap the experts itself, and they could run on nothing but the kernel.
+        from qwen3_moe_integration import KernelSource, kernelize_model
+
+        kernelize_model(model, "training", KernelSource(path=options.kernel))
+    return model.train()
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = checkpoint(options)
+    started = time.perf_counter()
+    model = build(options, folder)
+    built = time.perf_counter() - started
+    step = training_step(model, adam(model, device))
+    runs = []
+    for tokens in options.tokens:
+        runs.append(measure(step, token_ids(model, tokens), options.steps, device))
+        print(json.dumps(runs[-1]), flush=True)
+    result = {
+        "command": command("train_step_unsloth.py", argv or sys.argv[1:]),
+        "environment": environment(device) | {"unsloth": installed("unsloth")},
+        "experts": "this kernel" if options.kernel else "Unsloth",
+        "layers": options.layers,
+        "rank": options.rank,
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "seconds_to_build": built,
+        "runs": runs,
+    }
+    if options.profile:
+        result["profile"] = profiled(step, token_ids(model, options.profile), device)
+    write(result, options.out, f"train_step-{options.layers}-layers-unsloth{'-kernel' if options.kernel else ''}")
+
+
+if __name__ == "__main__":
+    main()
