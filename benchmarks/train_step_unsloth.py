@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -51,18 +52,18 @@ def checkpoint(options: argparse.Namespace) -> Path:
 
 
 def make(folder: Path, layers: int, tiny: bool) -> None:
+    from harness.checkpoint import write_checkpoint
     from harness.model import TINY, config
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen3MoeForCausalLM._from_config(config(layers, **TINY if tiny else {}), dtype=torch.bfloat16)
-    beside = folder.with_name(folder.name + ".part")
-    model.save_pretrained(beside)
+    sizes = config(layers, **TINY if tiny else {})
+    beside = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(beside, ignore_errors=True)
+    write_checkpoint(beside, sizes, "cuda" if torch.cuda.is_available() else "cpu")
     # As many words as the model has embeddings: Unsloth sets those of no word to zero.
     special = {"unk_token": "<unk>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    words = [*special.values(), *(f"w{i}" for i in range(len(special), model.config.vocab_size))]
+    words = [*special.values(), *(f"w{i}" for i in range(len(special), sizes.vocab_size))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(beside)
