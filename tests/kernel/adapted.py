@@ -15,9 +15,9 @@ import torch
 from bitsandbytes.nn import Params4bit
 
 from . import oracle
-from .oracle import RATIO, assert_close
+from .oracle import assert_close
 from .poison import poisoned_memory
-from .problems import Problem, _Drawn
+from .problems import FEW, Problem, _Drawn
 
 Tensor = torch.Tensor
 FACTORS = ("gate_up_A", "gate_up_B", "down_A", "down_B")
@@ -51,6 +51,11 @@ class Adapter(_Drawn):
     scaling: float = 0.5
     dtype: Optional[torch.dtype] = None
 
+    def applied_to(self, problem: Problem) -> Problem:
+        """The problem, drawn positive if the gradient of a factor has few elements."""
+        smallest = min(self.gate_up_rank * min(problem.H, 2 * problem.I), self.down_rank * min(problem.H, problem.I))
+        return replace(problem, positive=problem.positive or problem.experts_with_rows() * smallest < FEW)
+
     def draw(self, problem: Problem, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
         g = replace(problem, seed=None if problem.seed is None else problem.seed + 1).generator(device)
         E, H, I, dtype = problem.E, problem.H, problem.I, self.dtype or dtype
@@ -73,6 +78,7 @@ def assert_adapted_experts_agree(
     ratio: Optional[float] = None,
 ) -> None:
     """``fused_experts`` with 4-bit weights, adapters or both, and its gradients, are the oracle's."""
+    problem = adapter.applied_to(problem) if adapter else problem
     inputs = problem.draw(device, dtype)._asdict()
     grad_output = inputs.pop("grad_output")
     factors = adapter.draw(problem, device, dtype) if adapter else {}
@@ -110,7 +116,7 @@ def assert_adapted_experts_agree(
         return oracle.experts(hidden, index, weights, gate_up_proj, down_proj, problem.activation)
 
     ref, ref_grads = oracle.gradients(dense, inputs | factors, trained, grad_output)
-    ratio = ratio or RATIO[dtype] * (4 / 3 if adapter else 1)  # x A^T is a fourth rounding beside the layer's three
+    ratio = ratio or problem.ratio(dtype)
     assert out.dtype == dtype
     assert_close("output", ref, out, ratio)
     for name, ref_grad, grad in zip(trained, ref_grads, grads):

@@ -40,6 +40,7 @@ def assert_experts_agree(
         problem.draw(device, dtype, weights_dtype)._asdict(),
         layouts,
         trained,
+        problem.ratio(dtype),
     )
 
 
@@ -49,7 +50,7 @@ def assert_linear_agrees(
     """``moe_fused_linear`` and its gradients are the oracle's."""
     problem = _without_cancellation(problem, layouts)
     inputs = problem.draw(device, dtype)._asdict()
-    _assert_agree(kernel.moe_fused_linear, oracle.linear, inputs, layouts, ("input", "weight"))
+    _assert_agree(kernel.moe_fused_linear, oracle.linear, inputs, layouts, ("input", "weight"), problem.ratio(dtype))
 
 
 def assert_stray_id_is_skipped(kernel: ModuleType, problem: Problem, device: str, stray: int) -> None:
@@ -90,6 +91,7 @@ def _assert_agree(
     inputs: dict[str, Tensor],
     layouts: Layouts,
     trained: Collection[str],
+    ratio: float,
 ) -> None:
     inputs = {name: lay_out(tensor, layouts.get(name, "contiguous")) for name, tensor in inputs.items()}
     grad_output = inputs.pop("grad_output")
@@ -99,7 +101,7 @@ def _assert_agree(
         grads = torch.autograd.grad(out, [leaves[name] for name in trained], grad_output)
     ref, ref_grads = oracle.gradients(expected, inputs, trained, grad_output)
     assert out.dtype == grad_output.dtype
-    assert_close("output", ref, out, RATIO[out.dtype])
+    assert_close("output", ref, out, ratio)
     for name, ref_grad, grad in zip(trained, ref_grads, grads):
         assert grad.dtype == inputs[name].dtype, f"the gradient of {name} is {grad.dtype}"
-        assert_close(f"gradient of {name}", ref_grad, grad, RATIO[out.dtype])
+        assert_close(f"gradient of {name}", ref_grad, grad, ratio)

@@ -17,9 +17,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 
-RATIO = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
-"""How far a result may be from fp64, as a ratio of norms. In 16 bits the layer's three roundings give a third of it;
-in fp32 it is far below what products in TF32 give (3e-4)."""
+RATIO = {
+    torch.float64: 1e-12,
+    torch.float32: 5e-6,
+    torch.float16: 3 * 2.0**-11,
+    torch.bfloat16: 3 * 2.0**-8,
+}
+"""How far a result may be from fp64, as a ratio of norms. In 16 bits that is three times the largest error of one
+rounding. A result passes five or six: gate, up, their product, a slot's row, the sum of a token's rows; and, with
+adapters, x A^T of both projections, each about half of what it is added to. Over many elements they average out.
+In fp32 it is far below what products in TF32 give (3e-4)."""
+
+FEW_RATIO = 2
+"""How many times the ratio a tensor of few elements may be off: there all six roundings may be at their worst."""
 
 WORST = 25
 """How many times the ratio one element may be off, measured against its own size plus the root mean square."""

@@ -10,6 +10,7 @@ from typing import NamedTuple, Optional
 
 import torch
 
+from .oracle import FEW_RATIO, RATIO
 from .poison import POISON
 
 Tensor = torch.Tensor
@@ -18,13 +19,13 @@ BALANCES = ("random", "one_takes_all", "one_row_each", "some_empty")
 SKIPPING = ("some_skipped", "all_skipped")
 LAYOUTS = ("contiguous", "transposed", "padded", "aligned", "expanded")
 
-FEW = 48
+FEW = 64
 """With fewer elements than this all sums of a tensor may happen to cancel, and no rounding error is small beside what
 is left of them. Such problems are drawn positive and away from zero, and nothing cancels or underflows."""
 
 
 class _Drawn:
-    """What the problems share: a repr that leaves out defaults, and draws that tell their seed."""
+    """What the problems share: a repr without defaults, draws that tell their seed, and how exact results must be."""
 
     def __repr__(self) -> str:
         changed = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)
@@ -40,11 +41,19 @@ class _Drawn:
     def normal(self, generator: torch.Generator, dtype: torch.dtype, *shape: int, fan_in: int = 1) -> Tensor:
         """Normal numbers, scaled so that a sum over ``fan_in`` of them times normal ones is about 1."""
         numbers = torch.randn(shape, generator=generator, device=generator.device)
-        if self.positive or self.elements() < FEW:
+        if self.few():
             numbers.abs_().add_(0.5).div_(max(fan_in, 1))
         else:
             numbers.div_(max(fan_in, 1) ** 0.5)
         return numbers.to(dtype)
+
+    def few(self) -> bool:
+        """Whether some result has so few elements that sums must not cancel, and roundings need not average out."""
+        return self.positive or self.elements() < FEW
+
+    def ratio(self, dtype: torch.dtype) -> float:
+        """How far results in ``dtype`` may be from fp64, as a ratio of norms."""
+        return RATIO[dtype] * (FEW_RATIO if self.few() else 1)
 
 
 class ExpertsInputs(NamedTuple):
@@ -73,7 +82,15 @@ class Problem(_Drawn):
     seed: Optional[int] = None
 
     def elements(self) -> int:
-        return min(self.T * self.k, self.T * self.H, self.H * self.I)
+        """Of the smallest result. A token that goes to one expert k times has the same gradient k times; and where sums
+        are over less than eight numbers, few elements are so large that they alone count."""
+        choices = 1 if self.imbalance == "one_takes_all" else self.k
+        return min(self.T * choices, 8 * self.H, 8 * self.I)
+
+    def experts_with_rows(self) -> int:
+        """About how many; no more than that of an expert's gradients are not zero."""
+        share = {"one_takes_all": 1, "some_empty": (self.E + 1) // 2}
+        return min(share.get(self.imbalance, self.E), self.T * self.k)
 
     def draw_index(self, device: str) -> Tensor:
         """top_k_index alone."""
@@ -89,7 +106,7 @@ class Problem(_Drawn):
             weights.to(weights_dtype or dtype),
             self.normal(g, dtype, self.E, 2 * self.I, self.H, fan_in=self.H),
             self.normal(g, dtype, self.E, self.H, self.I, fan_in=self.I),
-            self.normal(g, dtype, self.T, self.H),
+            self.normal(g, dtype, self.T, self.H, fan_in=self.H),
         )
 
 
