@@ -53,6 +53,11 @@ def experts_function(kernel: ModuleType) -> Callable:
 
 def takes_adapters(experts: nn.Module) -> bool:
     """Whether a call of this experts module runs a kernel, which then adds the adapters in ``experts.lora``."""
+    return hasattr(kernel_of(experts), "Lora")
+
+
+def kernel_of(experts: nn.Module) -> Optional[ModuleType]:
+    """The kernel that a call of this experts module runs; if it runs none, some other module or None."""
     forward = getattr(experts, "_old_forward", experts.forward)  # Accelerate's hooks stand in front of it
     kernel = sys.modules.get(getattr(forward, "__module__", "").rpartition(".")[0])
     function = ALL_EXPERTS_FUNCTIONS.get(EXPERTS_IMPLEMENTATION)
@@ -60,7 +65,7 @@ def takes_adapters(experts: nn.Module) -> bool:
     if not hasattr(kernel, "fused_experts") and chosen:
         reason = function.unsupported_reason(experts, call_gathers=isinstance(experts, FSDPModule))
         kernel = function.kernel if reason is None else kernel
-    return hasattr(kernel, "Lora")
+    return kernel
 
 
 def _gate_reason(experts: nn.Module) -> Optional[str]:

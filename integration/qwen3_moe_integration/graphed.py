@@ -24,6 +24,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
+
+from .experts import kernel_of
 
 Tensor = torch.Tensor
 
@@ -217,7 +220,7 @@ class _Recording:
 
         def backward() -> None:
             state = self.state.detach().requires_grad_(hidden_states.requires_grad)
-            with torch.enable_grad():
+            with torch.enable_grad(), _for_gradients(layer.__self__):
                 output = layer(state, *args, **keywords)
             wanted = [*self.parameters, *([state] if wanted_too else [])]
             grads = torch.autograd.grad(output, wanted, self.grad, allow_unused=True)
@@ -247,6 +250,14 @@ def _uncached_autocast(kind: str) -> AbstractContextManager:
     if not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
+
+
+def _for_gradients(layer: nn.Module) -> AbstractContextManager:
+    """A Qwen3-MoE's layer ends by adding the experts' result, so no gradient reads it and it need not be computed."""
+    experts = getattr(layer.mlp, "experts", None) if isinstance(layer, Qwen3MoeDecoderLayer) else None
+    if isinstance(experts, BaseTunerLayer):
+        experts = experts.get_base_layer()
+    return getattr(experts and kernel_of(experts), "for_gradients", nullcontext)()
 
 
 class _Replay(torch.autograd.Function):

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from qwen3_moe_integration import KernelSource, enable_graphed_checkpointing, graphed
+from qwen3_moe_integration.experts import kernel_of
 from tests.integration.lora import config, pair
 from tests.integration.models import QWEN3, tokens
 
@@ -127,6 +129,23 @@ def test_layers_alike_share_their_buffers(twins, device):
     assert first.state is second.state and first.grad is second.grad
     assert [*map(id, first.grads)] == [*map(id, second.grads)]
     assert len({*map(id, first.grads)}) == len([*trainable(layers(model)[0])])
+
+
+def test_backward_leaves_out_the_experts_result(twins, device, monkeypatch):
+    """On the CPU it is NaN then, and the gradients are those of the other model all the same."""
+    kernel = kernel_of(layers(twins[0])[0].mlp.experts.get_base_layer())
+    entered = []
+
+    @contextmanager
+    def spied():
+        entered.append(1)
+        with for_gradients():
+            yield
+
+    for_gradients = kernel.for_gradients
+    monkeypatch.setattr(kernel, "for_gradients", spied)
+    assert_same_steps(*twins, [tokens(device=device)] * 3)
+    assert entered
 
 
 def test_gradients_add_up_over_steps(twins, device):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from . import oracle, strategies
 from .agreement import DIFFERENTIABLE, assert_experts_agree
 from .oracle import ACTIVATIONS, RATIO, assert_close
+from .poison import poisoned_memory
 from .problems import BALANCES, LAYOUTS, SKIPPING, ExpertsInputs, Problem
 
 PROBLEMS = [
@@ -162,3 +163,25 @@ def _assert_results_are_the_oracles(kernel, inputs: ExpertsInputs, names: tuple[
 
 def _rows_with_nan(tensor: torch.Tensor) -> set[int]:
     return set(tensor.isnan().any(dim=1).nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_for_gradients_alone_they_are_the_same_without_the_result(kernel, device, adapted):
+    hidden, index, weights, gate_up, down, *_ = Problem().draw(device, torch.float32)
+    E, N, H = gate_up.shape
+    factors = [torch.randn(E, 4, H), torch.randn(E, N, 4), torch.randn(E, 4, N // 2), torch.randn(E, H, 4)]
+    leaves = [x.to(device).requires_grad_() for x in (hidden, weights, *factors)]
+    loras = [kernel.Lora(*leaves[i : i + 2], 1.0) if adapted else None for i in (2, 4)]
+    grad = torch.randn_like(hidden)
+
+    def outcome() -> tuple:
+        out = kernel.fused_experts(leaves[0], index, leaves[1], gate_up, down, "silu", *loras)
+        return out, torch.autograd.grad(out, leaves if adapted else leaves[:2], grad)
+
+    wanted_out, wanted = outcome()
+    with poisoned_memory(device), kernel.for_gradients():
+        out, grads = outcome()
+    assert out.shape == wanted_out.shape and out.isnan().all()
+    assert all(torch.equal(a, b) for a, b in zip(grads, wanted))
+    again, _ = outcome()
+    assert torch.equal(again, wanted_out)

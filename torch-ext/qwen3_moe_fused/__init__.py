@@ -1,7 +1,7 @@
 """Fused Mixture-of-Experts layers for training: grouped GEMMs with gather, SwiGLU and combine inside."""
 
 from . import layers, reference
-from .experts import fused_experts
+from .experts import for_gradients, fused_experts
 from .four_bit import dequantize, four_bit_weight
 from .linear import moe_fused_linear
 from .projection import FourBitWeight, Lora
@@ -15,6 +15,7 @@ __all__ = [
     "Routing",
     "dequantize",
     "expert_weights",
+    "for_gradients",
     "four_bit_weight",
     "fused_experts",
     "layers",

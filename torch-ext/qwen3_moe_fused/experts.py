@@ -28,7 +28,9 @@ carry an adapter per expert, which adds three launches to it:
     factor_grads  an expert's rows          -> grad of A and B
 """
 
-from typing import List, Optional, Tuple
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Iterator, List, Optional, Tuple
 
 import torch
 
@@ -108,6 +110,24 @@ def fused_experts(
     if save:
         return FusedExperts.apply(top_k_index, gate_up.frozen(), down.frozen(), seed, activation, *leaves)
     return FORWARD[hidden_states.device.type](*tokens, gate_up, down, seed, activation, False)[0]
+
+
+_result_is_wanted: ContextVar[bool] = ContextVar("result_is_wanted", default=True)
+
+
+@contextmanager
+def for_gradients() -> Iterator[None]:
+    """Inside, layers are computed a second time for the sake of their gradients, as gradient checkpointing does.
+
+    What backward reads is computed. The result of :func:`fused_experts`, which backward does not read, has its shape
+    and any values: the down projection is saved. This is for callers none of whose gradients read it either, as in a
+    decoder layer that ends by adding it to the residual.
+    """
+    before = _result_is_wanted.set(False)
+    try:
+        yield
+    finally:
+        _result_is_wanted.reset(before)
 
 
 def _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation) -> None:
@@ -322,7 +342,7 @@ class FusedExperts(torch.autograd.Function):
     def forward(ctx, top_k_index, frozen_gate_up, frozen_down, seed, activation, *leaves):
         hidden_states, top_k_weights, gate_up, down = _with_leaves(frozen_gate_up, frozen_down, leaves)
         out, *saved = FORWARD[hidden_states.device.type](
-            hidden_states, top_k_index, top_k_weights, gate_up, down, seed, activation, True
+            hidden_states, top_k_index, top_k_weights, gate_up, down, seed, activation, True, _result_is_wanted.get()
         )
         ctx.set_materialize_grads(False)
         ctx.others = frozen_gate_up, frozen_down, activation

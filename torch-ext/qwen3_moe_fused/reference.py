@@ -64,9 +64,10 @@ def experts_forward(
     seed: Optional[Tensor],
     activation: str,
     save: bool,
+    result: bool = True,
 ) -> Tuple[Tensor, ...]:
-    """out (T, H); and for backward, None unless ``save``, pre_activation (S, 2I), low_rank_gate_up (S, R) and
-    low_rank_down (S, R), None without an adapter, order (S,), m_sizes (E,)."""
+    """out (T, H), of NaN unless ``result``; and for backward, None unless ``save``, pre_activation (S, 2I),
+    low_rank_gate_up (S, R) and low_rank_down (S, R), None without an adapter, order (S,), m_sizes (E,)."""
     tokens, k = top_k_index.shape
     order, m_sizes = sort_by_expert(top_k_index, gate_up.weight.shape[0])
     rows_saved = tokens * k if save else 0
@@ -81,6 +82,8 @@ def experts_forward(
             pre_activation[rows] = both
             low_rank[0][rows], low_rank[1][rows] = low_rank_gate_up, low_rank_down
     out = combine(slots, top_k_weights, top_k_index, gate_up.weight.shape[0])
+    if not result:
+        out.fill_(torch.nan)  # whoever reads it shall notice
     saved = (pre_activation, *(x if x.shape[1] else None for x in low_rank), order, m_sizes)
     return out, *(saved if save else [None] * len(saved))
 

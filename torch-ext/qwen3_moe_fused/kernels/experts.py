@@ -49,6 +49,7 @@ def experts_forward(
     seed: Optional[Tensor],
     activation: str,
     save: bool,
+    result: bool = True,
 ) -> Tuple[Tensor, ...]:
     """As ``reference.experts_forward``; saved are also the tile table, offsets (E+1,) and tiles, unless backward's
     tiles have another height."""
@@ -77,10 +78,13 @@ def experts_forward(
             permute,
         )  # fmt: skip
     added_down = down_adapter and down_adapter.forward_addition(intermediate, permuted=permute)
-    tile = chosen.second.fit(hidden, width)
-    for weight, expert in _parts(down_proj, chosen, m_sizes, dtype, permute):
-        linear_tiles(intermediate, weight, tiles, block_m, tile, out_slots, order, added_down, expert)
-    out = combine(out_slots, top_k_weights, top_k_index, experts)
+    if result:
+        tile = chosen.second.fit(hidden, width)
+        for weight, expert in _parts(down_proj, chosen, m_sizes, dtype, permute):
+            linear_tiles(intermediate, weight, tiles, block_m, tile, out_slots, order, added_down, expert)
+        out = combine(out_slots, top_k_weights, top_k_index, experts)
+    else:
+        out = torch.empty_like(hidden_states)
     if not save:
         return out, *UNSAVED
     same_tiles = plan(slots, gate_up_proj, down_proj, dtype, device, dense, backward=True).block_m == block_m
