@@ -97,7 +97,13 @@ def main(argv: list[str] | None = None) -> None:
         report_to="none",
         seed=0,
     )
-    trainer = Trainer(model, arguments, default_data_collator, train, processing_class=tokenizer)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        data_collator=default_data_collator,
+        train_dataset=train,
+        processing_class=tokenizer,
+    )
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
