@@ -86,12 +86,13 @@ class Adapter(NamedTuple):
         columns = rank * halves
         out = a.new_empty(self.order.numel(), columns)
         tile, rows = self.narrow.low_rank.fit(columns, n), min(self.block_m, self.narrow.rows)
-        grid = (self.tiles.shape[0] * (self.block_m // rows) * cdiv(columns, tile.block_n),)
+        pieces = self.block_m // rows
+        grid = (self.tiles.shape[0] * pieces * cdiv(columns, tile.block_n),)
         launch(
             low_rank_kernel, grid, tile.num_warps, tile.num_stages,
-            (a, pointers, self.order, self.tiles, self.seed, out), (), self.lora.scaling / (1.0 - dropout),
+            (a, pointers, self.order, self.tiles, self.seed, out), (pieces,), self.lora.scaling / (1.0 - dropout),
             n, rank, halves, self.top_k, *a.stride(), by_token, permuted, drop_bound(dropout), self.stream,
-            self.block_m, rows, tile.block_n, tile.block_k,
+            rows, tile.block_n, tile.block_k,
         )  # fmt: skip
         return out
 

@@ -145,30 +145,30 @@ def addition_operand(addition: Optional[Addition]) -> Tuple[Optional[AdditionPoi
     return AdditionPointers(*factor.pointers, low_rank, seed), meta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def low_rank_kernel(
     # pointers
     a, factor, order, tiles, seed, out,
     # sizes
-    scale, N: tl.constexpr, RANK: tl.constexpr, HALVES: tl.constexpr, TOP_K: tl.constexpr,
+    pieces, scale, N: tl.constexpr, RANK: tl.constexpr, HALVES: tl.constexpr, TOP_K: tl.constexpr,
     # strides
     stride_am, stride_an,
     # meta
     BY_TOKEN: tl.constexpr, PERMUTED: tl.constexpr, DROP: tl.constexpr, STREAM: tl.constexpr,
-    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles * BLOCK_M // ROWS * cdiv(R, BLOCK_R),): ROWS rows of a tile, BLOCK_R columns.
+    """Grid (tiles * pieces * cdiv(R, BLOCK_R),): one of a tile's pieces of ROWS rows, BLOCK_R columns.
 
     a (M, N), or (T, N) if BY_TOKEN, its columns PERMUTED as in four_bit_fast or not; factor (E, N, R), out (M, R).
     """
     R: tl.constexpr = RANK * HALVES
     blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
-    pieces: tl.constexpr = BLOCK_M // ROWS * blocks
-    tile = tiles + tl.program_id(0) // pieces * 3
+    piece = tl.program_id(0) // blocks
+    tile = tiles + piece // pieces * 3
     expert = tl.load(tile)
     if expert < 0:
         return
-    first = tl.load(tile + 1) + tl.program_id(0) % pieces // blocks * ROWS
+    first = tl.load(tile + 1) + piece % pieces * ROWS
     end = tl.load(tile + 2)
     if first >= end:
         return

@@ -4,7 +4,7 @@ One program an expert. Each reads all S ids twice: once to count the slots befor
 write them down. It needs nothing from its neighbours, so there is no second launch, no atomic and no order that
 could change between runs; the ids stay in L2, so that the E readings cost less than a launch.
 
-The table needs no neighbours either: tiles of expert e start at entry ``offsets[e] // BLOCK_M + e``. Since
+The table needs no neighbours either: tiles of expert e start at entry ``offsets[e] // block_m + e``. Since
 ``ceil(n / b) <= (o + n) // b - o // b + 1``, the runs of entries never overlap, and at most one entry stays
 unused between two of them.
 """
@@ -22,18 +22,18 @@ Tensor = torch.Tensor
 
 
 @triton.jit
-def _write_tiles(tiles, label, index, start, end, capacity, last, BLOCK_M: tl.constexpr):
+def _write_tiles(tiles, label, index, start, end, capacity, last, block_m):
     """The run of entries of expert ``index``: (label, first row, end), then -1 up to the next run or the end."""
-    entry = start // BLOCK_M + index
-    count = (end - start + BLOCK_M - 1) // BLOCK_M
-    stop = tl.where(last, capacity, end // BLOCK_M + index + 1)
+    entry = start // block_m + index
+    count = (end - start + block_m - 1) // block_m
+    stop = tl.where(last, capacity, end // block_m + index + 1)
     step = tl.arange(0, 128)
     for i in range(0, stop - entry, 128):
         at = entry + i + step
         inside = at < stop
         used = (i + step < count) & (label >= 0)
         tl.store(tiles + at * 3, tl.where(used, label, -1), mask=inside)
-        tl.store(tiles + at * 3 + 1, tl.where(used, start + (i + step) * BLOCK_M, -1), mask=inside)
+        tl.store(tiles + at * 3 + 1, tl.where(used, start + (i + step) * block_m, -1), mask=inside)
         tl.store(tiles + at * 3 + 2, tl.where(used, end, -1), mask=inside)
 
 
@@ -45,14 +45,14 @@ def _load_experts(ids, at, stop, E: tl.constexpr):
     return tl.where(at < stop, expert.to(tl.int32), E + 1)
 
 
-@triton.jit(do_not_specialize=["slots", "segment", "capacity"])
+@triton.jit(do_not_specialize=["slots", "segment", "capacity", "block_m"])
 def _routing_kernel(
     # pointers
     ids, order, m_sizes, offsets, tiles,
     # sizes
-    slots, segment, capacity, E: tl.constexpr,
+    slots, segment, capacity, block_m, E: tl.constexpr,
     # meta
-    BLOCK_M: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr,
+    LANES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Grid (E+1,): one expert; the last takes the slots to skip. ids (S,), order (S,), tiles (capacity, 3).
 
@@ -77,7 +77,7 @@ def _routing_kernel(
     tl.store(offsets + expert, start)
     if expert < E:
         tl.store(m_sizes + expert, count)
-    _write_tiles(tiles, tl.where(expert < E, expert, -1), expert, start, start + count, capacity, expert == E, BLOCK_M)
+    _write_tiles(tiles, tl.where(expert < E, expert, -1), expert, start, start + count, capacity, expert == E, block_m)
 
     row = start + tl.cumsum(counts, 0) - counts
     for i in range(0, segment, STEP):
@@ -87,16 +87,16 @@ def _routing_kernel(
         row += tl.sum(hit, 1)
 
 
-@triton.jit(do_not_specialize=["rows", "capacity"])
+@triton.jit(do_not_specialize=["rows", "capacity", "block_m"])
 def _tile_table_kernel(
     # pointers
     m_sizes, offsets, tiles,
     # sizes
-    rows, capacity, rest, E: tl.constexpr,
+    rows, capacity, block_m, rest, E: tl.constexpr,
     # strides
     stride_m_sizes,
     # meta
-    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Grid (E+1,): one expert; the last takes the rows behind the last expert. m_sizes (E,), tiles (capacity, 3)."""
     expert = tl.program_id(0)
@@ -107,7 +107,7 @@ def _tile_table_kernel(
     end = tl.minimum(tl.sum(tl.where(lane <= expert, sizes, 0), 0), rows).to(tl.int32)
     tl.store(offsets + expert, start)
     end = tl.where(expert < E, end, rows)
-    _write_tiles(tiles, tl.where(expert < E, expert, rest), expert, start, end, capacity, expert == E, BLOCK_M)
+    _write_tiles(tiles, tl.where(expert < E, expert, rest), expert, start, end, capacity, expert == E, block_m)
 
 
 def routing(top_k_index: Tensor, num_experts: int, block_m: int) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -122,7 +122,7 @@ def routing(top_k_index: Tensor, num_experts: int, block_m: int) -> Tuple[Tensor
     segment = cdiv(cdiv(slots, lanes), step) * step
     launch(
         _routing_kernel, (num_experts + 1,), lanes // 32, 1,
-        (ids, order, m_sizes, offsets, tiles), (slots, segment, capacity), num_experts, block_m, lanes, step,
+        (ids, order, m_sizes, offsets, tiles), (slots, segment, capacity, block_m), num_experts, lanes, step,
     )  # fmt: skip
     return order, m_sizes, offsets, tiles
 
@@ -139,7 +139,7 @@ def tile_table(m_sizes: Tensor, rows: int, block_m: int, rest: int) -> Tuple[Ten
     tiles = torch.empty(capacity, 3, dtype=torch.int32, device=m_sizes.device)
     launch(
         _tile_table_kernel, (experts + 1,), 4, 1,
-        (m_sizes, offsets, tiles), (rows, capacity), rest, experts, m_sizes.stride(0),
-        block_m, next_power_of_2(experts),
+        (m_sizes, offsets, tiles), (rows, capacity, block_m), rest, experts, m_sizes.stride(0),
+        next_power_of_2(experts),
     )  # fmt: skip
     return offsets, tiles
