@@ -7,6 +7,7 @@ thread, and that the calls go on to launch what they would have launched anyway.
 import importlib
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import _async_compile, driver
+
+pytestmark = pytest.mark.filterwarnings("error:Triton kernels are compiled one after the other")
 
 BF16 = torch.bfloat16
 E, H, I, K = 4, 128, 64, 2
@@ -108,8 +111,8 @@ class Layer:
         self.trained, self.adapted = kind == "trained", "adapters" in kind
         weight = self._packed if "4 bit" in kind else self._dense
         self.projections = [self._projection(weight, 2 * I, H), self._projection(weight, H, I)]
-        hidden = torch.empty(tokens, H, dtype=BF16)
-        self.tokens = hidden, torch.empty(tokens, K, dtype=torch.int64), hidden.new_empty(tokens, K)
+        hidden = torch.empty(tokens, H, dtype=BF16, requires_grad=True)
+        self.tokens = hidden, torch.empty(tokens, K, dtype=torch.int64), torch.empty(tokens, K, dtype=BF16)
 
     def forward(self, save: bool = True) -> tuple:
         return self.experts.experts_forward(*self.tokens, *self.projections, None, "silu", save)
@@ -163,6 +166,20 @@ def test_the_first_step_launches_what_every_step_launches(kernel, compiler, kind
     assert compiler.launched == 3 * first and first
 
 
+def test_the_layer_itself_compiles_all_in_forward(kernel, compiler, monkeypatch):
+    experts = importlib.import_module(f"{kernel.__name__}.experts")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setitem(experts.FORWARD, "cpu", experts.FORWARD["cuda"])
+    monkeypatch.setitem(experts.BACKWARD, "cpu", experts.BACKWARD["cuda"])
+    layer = Layer(kernel, "adapters")
+    weights, adapters = zip(*layer.projections)
+    out = kernel.fused_experts(*layer.tokens, *weights, "silu", *adapters)
+    known = len(compiler.compiled)
+    out.backward(torch.empty_like(out))
+    assert {"factor_grads_kernel", "_down_backward_kernel"} <= set(compiler.launched)
+    assert len(compiler.compiled) == known and not compiler.in_turn
+
+
 def test_inference_compiles_no_kernel_of_backward(kernel, compiler):
     Layer(kernel, "dense").forward(save=False)
     assert sorted(set(compiler.compiled)) == sorted(set(compiler.launched)) and compiler.launched
@@ -181,9 +198,10 @@ def test_backward_with_other_gradients_compiles_the_rest_at_once(kernel, compile
 def test_a_kernel_that_does_not_compile_fails_where_it_is_launched(kernel, compiler):
     compiler.broken = "_down_backward_kernel"
     layer = Layer(kernel, "dense")
-    _, *saved = layer.forward()
+    with pytest.warns(match="one after the other.*_down_backward_kernel does not compile"):
+        _, *saved = layer.forward()
     assert compiler.launched[-1] == "_combine_kernel"
-    with pytest.raises(RuntimeError, match="_down_backward_kernel does not compile"):
+    with pytest.raises(RuntimeError, match="_down_backward_kernel does not compile"), pytest.warns():
         layer.backward(tuple(saved))
     compiler.broken = ""
     layer.backward(tuple(saved))
@@ -199,7 +217,8 @@ def test_while_a_graph_is_captured_kernels_are_compiled_in_turn(kernel, compiler
 def test_a_triton_that_cannot_compile_at_once_compiles_in_turn(kernel, compiler, monkeypatch):
     monkeypatch.delattr(triton, "AsyncCompileMode")
     layer = Layer(kernel, "adapters")
-    layer.step()
+    with pytest.warns(match="one after the other.*AsyncCompileMode"):
+        layer.step()
     assert compiler.in_turn == compiler.compiled
     first = list(compiler.launched)
     layer.step()

@@ -27,7 +27,7 @@ UNSAVED = (None,) * 5
 def _forward_and_backward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest) -> None:
     """``experts_forward``, and what is likely to follow: backward of all that is trained."""
     out, *saved = experts_forward(hidden_states, top_k_index, top_k_weights, *rest)
-    gate_up_projection, down_projection, seed, activation, save = rest
+    gate_up_projection, down_projection, seed, activation, save, *_ = rest
     if save:
         trained = []
         for projection in (gate_up_projection, down_projection):

@@ -9,10 +9,10 @@ launches never depends on what tensors hold, so the call, made again, finds them
 A call that finds them at once pays 0.2 us for this.
 """
 
-import contextlib
 import contextvars
 import functools
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, Optional, Tuple
 
@@ -64,14 +64,16 @@ def compiled_at_once(rehearsal: Optional[Callable] = None) -> Callable[[Callable
 
 
 def _rehearse(rehearsal: Callable, args: Tuple) -> None:
-    """Whatever fails here fails again in the call itself, which is where to report it: a kernel that does not compile,
-    memory that is too small. A Triton without AsyncCompileMode compiles in turn."""
+    """What fails here (a kernel that does not compile, memory that is too small, a Triton that is too old) is a
+    warning: the call itself then compiles in turn, and fails where it must."""
     global rehearsing
-    with _one_at_a_time, contextlib.suppress(Exception):
+    with _one_at_a_time:
         rehearsing = _thread.rehearsing = True
         try:
             with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
                 rehearsal(*args)
+        except Exception as error:
+            warnings.warn(f"Triton kernels are compiled one after the other: {error!r}", stacklevel=2)
         finally:
             rehearsing = _thread.rehearsing = False
 
