@@ -17,6 +17,7 @@ import os
 import resource
 import shutil
 from pathlib import Path
+from statistics import median
 
 import torch
 from accelerate import PartialState
@@ -35,6 +36,7 @@ from transformers import (
 )
 
 from qwen3_moe_integration import enable_graphed_checkpointing, expert_lora_config
+from qwen3_moe_integration.plan import Plan
 
 ON_GPU = DEVICE == "cuda"
 
@@ -231,8 +233,8 @@ def save(trainer: Trainer, folder: Path) -> None:
         beside.rename(folder)
 
 
-def train(options: argparse.Namespace) -> Trainer:
-    """Trains, saves, and prints what came of it."""
+def check(options: argparse.Namespace) -> Plan | None:
+    """Stops a run that cannot work; the plan of one that fits, None for the small model and where there is no GPU."""
     if options.trainer == "sft" and not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
         raise SystemExit(
             "--trainer sft: TRL computes the loss by a Triton kernel, which needs a GPU; take the default trainer, "
@@ -243,6 +245,12 @@ def train(options: argparse.Namespace) -> Trainer:
         print(plan)
         if not plan.fits:
             raise SystemExit("The run does not fit: lower --seq-len, --batch-size or --expert-rank.")
+    return plan
+
+
+def train(options: argparse.Namespace) -> Trainer:
+    """Trains, saves, and prints what came of it."""
+    plan = check(options)
     processes = PartialState(cpu=not ON_GPU)
     if not options.model:
         with processes.main_process_first():
@@ -272,28 +280,29 @@ def train(options: argparse.Namespace) -> Trainer:
         ) from error
     after = trainer.evaluate()["eval_loss"]
     save(trainer, options.output / "model")
-    if not processes.is_main_process:
-        return trainer
-    before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
-    plot_losses(trainer.state.log_history, options.output / "loss.png")
-    plot_throughput(clock.points, options.output / "throughput.png")
+    if processes.is_main_process:
+        report(trainer, options.output, clock, after, result.metrics["train_runtime"])
+    return trainer
 
-    steps = options.steps - (int(checkpoint.name.split("-")[1]) if checkpoint else 0)
-    tokens = steps * options.batch_size * options.seq_len * processes.num_processes
-    seconds = result.metrics["train_runtime"]
+
+def report(trainer: Trainer, output: Path, clock: Clock, after: float, seconds: float) -> None:
+    """Draws the curves and prints the result: ``after`` is the last held-out loss, ``seconds`` what training took."""
+    before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    plot_losses(trainer.state.log_history, output / "loss.png")
+    plot_throughput(clock.points, output / "throughput.png")
+    rates = [rate for _, rate in clock.points]
     peak = torch.cuda.max_memory_allocated() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows = [
         ("loss before, held-out text", f"{before:.4f}"),
         ("loss after, held-out text", f"{after:.4f}"),
-        ("tokens a second", f"{tokens / seconds:.0f}"),
+        ("tokens a second, median", f"{median(rates):.0f}" if rates else "no step"),
         (f"peak {'GPU' if ON_GPU else 'process'} memory", f"{peak / 2**20:.0f} MiB"),
-        ("seconds", f"{seconds:.1f}"),
-        ("model", str(options.output / "model")),
-        ("loss curve", str(options.output / "loss.png")),
-        ("tokens a second, by step", str(options.output / "throughput.png")),
+        ("seconds, with evaluation", f"{seconds:.1f}"),
+        ("model", str(output / "model")),
+        ("loss curve", str(output / "loss.png")),
+        ("tokens a second, by step", str(output / "throughput.png")),
     ]
     print("\n" + "\n".join(f"{name:28s} {value}" for name, value in rows))
-    return trainer
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--seq-len", "32", "--batch-size", "4", "--save-every", "4")
 WHOLE = ("--bits", "16", *SMALL)
-ADAPTER = (*SMALL, "--expert-rank", "2")
 """The small model is trained whole."""
+ADAPTER = (*SMALL, "--expert-rank", "2")
 STEPS = 20
 
 

@@ -16,8 +16,6 @@ from tests.integration.quantized import NESTED, SIZES, checkpoint, decoded, expe
 from tests.integration.test_quantize_run import CONFIGS, decoded_twin
 from tests.kernel.oracle import assert_close
 
-QUANTIZED = pytest.mark.parametrize("quantized", CONFIGS, ids=["nf4 nested", "fp4"])
-
 
 @pytest.fixture(params=CONFIGS, ids=["nf4 nested", "fp4"])
 def model(request, registered, tmp_path):

@@ -17,14 +17,14 @@ from bitsandbytes.nn import Params4bit
 from . import oracle
 from .oracle import assert_close
 from .poison import poisoned_memory
-from .problems import FEW, Problem, _Drawn
+from .problems import FEW, Drawn, Problem
 
 Tensor = torch.Tensor
 FACTORS = ("gate_up_A", "gate_up_B", "down_A", "down_B")
 
 
 @dataclass(frozen=True, repr=False)
-class Quantization(_Drawn):
+class Quantization(Drawn):
     """How bitsandbytes quantizes a stack of matrices."""
 
     quant_type: str = "nf4"
@@ -42,7 +42,7 @@ class Quantization(_Drawn):
 
 
 @dataclass(frozen=True, repr=False)
-class Adapter(_Drawn):
+class Adapter(Drawn):
     """The adapters of both projections; ``halves`` 2 gives gate and up an A each."""
 
     gate_up_rank: int = 4

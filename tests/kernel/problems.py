@@ -24,7 +24,7 @@ FEW = 64
 is left of them. Such problems are drawn positive and away from zero, and nothing cancels or underflows."""
 
 
-class _Drawn:
+class Drawn:
     """What the problems share: a repr without defaults, draws that tell their seed, and how exact results must be."""
 
     def __repr__(self) -> str:
@@ -68,7 +68,7 @@ class ExpertsInputs(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Problem(_Drawn):
+class Problem(Drawn):
     """An experts layer: T tokens, k experts a token, E experts, H hidden, I intermediate."""
 
     T: int = 32
@@ -120,7 +120,7 @@ class LinearInputs(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class LinearProblem(_Drawn):
+class LinearProblem(Drawn):
     """A grouped linear layer: M rows, E matrices of (N, K)."""
 
     M: int = 29

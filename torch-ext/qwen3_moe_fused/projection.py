@@ -25,7 +25,7 @@ class FourBitWeight(NamedTuple):
     shape: (E, N, K).
     blocksize, nested_blocksize: weights a scale; scales a nested scale, 0 without nesting.
     quant_type: "nf4" or "fp4".
-    dtype: what the weights were before, and what they compute in.
+    dtype: of the weights before they were packed, and by default of ``dequantize``; products are in that of the tokens.
     """
 
     packed: Tensor

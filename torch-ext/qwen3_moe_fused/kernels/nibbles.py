@@ -22,9 +22,6 @@ _NF4 = (
 _FP4 = tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 CODES = {"nf4": _NF4, "fp4": _FP4}
 FACTORS = {"nf4": 1.4365, "fp4": 1.5}
-SCALED_BLOCK = 64  # weights a prepared scale, whatever the stack's own blocksize
-
-
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
