@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import qwen3_moe_integration
 from tests import stand_ins
 from tests.documents import ROOT, blocks, in_own_process, run
 from tests.integration.adapters import assert_same_additions
@@ -165,6 +166,13 @@ def test_the_thresholds_are_those_of_the_kernel(kernel):
     regime = importlib.import_module(f"{kernel.__name__}.regime")
     for threshold in (f"{regime.GEMV_SLOTS} slots", f"{regime.FAST_ROWS} rows", f"{regime.PLAIN_ROWS} rows"):
         assert f"at most {threshold}" in text
+
+
+def test_every_public_name_is_in_the_guides(kernel):
+    guides = " ".join((ROOT / guide).read_text() for guide in GUIDES)
+    assert [name for name in kernel.__all__ if not re.search(rf"\b{name}\b", guides)] == []
+    readme = (ROOT / "integration/README.md").read_text()
+    assert [name for name in qwen3_moe_integration.__all__ if f"`{name}(" not in readme] == []
 
 
 def test_every_guide_is_in_the_index():
