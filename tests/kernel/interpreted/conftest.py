@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 def launchers(kernel) -> SimpleNamespace:
     """The Triton launchers by name, and the types they take."""
     files = {"routing": ("routing", "tile_table"), "linear": ("linear",), "weight_grad": ("weight_grad",)}
-    files |= {"dequantize": ("dequantize", "dequantize_experts"), "four_bit_fast": ("fast_weight", "permuted")}
+    files |= {"dequantize": ("dequantize", "dequantize_experts"), "four_bit_fast": ("fast_weights", "permuted")}
     files |= {"combine": ("combine", "combine_backward"), "experts": ("experts_forward", "experts_backward")}
     modules = {file: importlib.import_module(f"{kernel.__name__}.kernels.{file}") for file in files}
     files |= {"projection": ("Gradients", "Lora", "Projection")}

@@ -85,23 +85,35 @@ def test_one_projection_in_4_bit_beside_a_dense_one(triton_kernel, way):
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("quantization", [Quantization(), Quantization("fp4", nested=False, blocksize=128)], ids=repr)
-def test_scales_are_packed_as_two_numbers_that_add_up(triton_kernel, launchers, quantization):
-    """For experts that have rows; fp16, as the interpreter knows no bf16."""
+NF4, FP4 = ((3, 80, 256), Quantization()), ((3, 200, 128), Quantization("fp4", nested=False, blocksize=128))
+
+
+@pytest.mark.parametrize("stacks", [[NF4], [FP4], [NF4, None], [NF4, FP4], [FP4, NF4]], ids=repr)
+def test_scales_are_packed_as_two_numbers_that_add_up(triton_kernel, launchers, stacks):
+    """Of one stack, one beside a dense one, or two; for experts that have rows; fp16, as the interpreter knows no
+    bf16."""
     nibbles = importlib.import_module(f"{triton_kernel.__name__}.kernels.nibbles")
-    weight = triton_kernel.four_bit_weight(quantization.quantize(torch.randn(3, 80, 256)))
-    fast = launchers.fast_weight(weight, torch.tensor([2, 0, 1], dtype=torch.int32), torch.float16)
-    high, low = fast.scales.view(3, 4, 80, 1).view(torch.float16).double().unbind(-1)
-    absmax = weight.absmax
-    if quantization.nested:
-        nested = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)[: absmax.numel()]
-        absmax = weight.nested_code[absmax.long()] * nested + weight.nested_offset
-    absmax = absmax.repeat_interleave(weight.blocksize // 64).view(3, 80, 4).transpose(1, 2).double()
-    ref = absmax / nibbles.FACTORS[weight.quant_type]
-    for expert in (0, 2):
-        torch.testing.assert_close((high + low)[expert], ref[expert], rtol=2e-6, atol=1e-7)
-    table = torch.tensor(nibbles.table_words(weight.quant_type, "fp16")[0::2]).to(torch.uint32).view(torch.int32)
-    assert torch.equal(fast.table.view(4, 64), table[:, None].expand(4, 64))
+    dense = torch.empty(3, 128, 128)
+    weights = [s and triton_kernel.four_bit_weight(s[1].quantize(torch.randn(s[0]))) for s in stacks]
+    m_sizes = torch.tensor([2, 0, 1], dtype=torch.int32)
+    prepared = launchers.fast_weights([dense if w is None else w for w in weights], m_sizes, torch.float16)
+    for weight, fast in zip(weights, prepared):
+        if weight is None:
+            assert fast is dense
+            continue
+        _, n, k = weight.shape
+        table, scales = fast.scales[:256], fast.scales[256:]
+        high, low = scales.view(3, k // 64, n, 1).view(torch.float16).double().unbind(-1)
+        absmax = weight.absmax
+        if weight.nested_blocksize:
+            nested = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)[: absmax.numel()]
+            absmax = weight.nested_code[absmax.long()] * nested + weight.nested_offset
+        absmax = absmax.repeat_interleave(weight.blocksize // 64).view(3, n, k // 64).transpose(1, 2).double()
+        ref = absmax / nibbles.FACTORS[weight.quant_type]
+        for expert in (0, 2):
+            torch.testing.assert_close((high + low)[expert], ref[expert], rtol=2e-6, atol=1e-7)
+        words = torch.tensor(nibbles.table_words(weight.quant_type, "fp16")[0::2]).to(torch.uint32).view(torch.int32)
+        assert torch.equal(table.view(4, 64), words[:, None].expand(4, 64))
 
 
 def test_columns_are_permuted_as_the_tensor_cores_hold_them(launchers):

@@ -4,7 +4,7 @@ from typing import Iterator, Optional, Tuple
 
 import torch
 
-from ..projection import FourBitWeight, Gradients, Projection, Weight
+from ..projection import FourBitWeight, Gradients, Projection
 from ..regime import Plan, plan, suits_gemv
 from ..tiling import cdiv, choose
 from .adapter import adapters
@@ -12,7 +12,7 @@ from .combine import combine, combine_backward
 from .dequantize import dequantize_experts
 from .down_backward import down_backward
 from .first_call import compiled_at_once
-from .four_bit_fast import fast_weight, permuted
+from .four_bit_fast import fast_weights, permuted
 from .gate_up import gate_up
 from .gemv import gemv
 from .linear import linear_tiles
@@ -69,10 +69,13 @@ def experts_forward(
     pre_activation = hidden_states.new_empty(slots, 2 * width) if save else None
     gate_up_adapter, down_adapter = adapters(gate_up_projection, down_projection, dtype, seed, k, order, tiles, block_m)
     added = gate_up_adapter and gate_up_adapter.forward_addition(hidden_states, by_token=True)
+    keep_tiles = save and plan(slots, gate_up_proj, down_proj, dtype, device, dense, backward=True).block_m == block_m
+    if chosen.way == "fast":
+        gate_up_proj, down_proj = fast_weights((gate_up_proj, down_proj if result else None), m_sizes, dtype, permute)
     tokens = permuted(hidden_states) if permute else hidden_states
     intermediate, out_slots = hidden_states.new_empty(slots, width), hidden_states.new_empty(slots, hidden)
     tile = chosen.first.fit(width, hidden)
-    for weight, expert in _parts(gate_up_proj, chosen, m_sizes, dtype, permute, out_slots):
+    for weight, expert in _parts(gate_up_proj, chosen, m_sizes, dtype, out_slots):
         gate_up(
             tokens, weight, order, tiles, k, activation, block_m, tile, pre_activation, intermediate, added, expert,
             permute,
@@ -80,16 +83,15 @@ def experts_forward(
     added_down = down_adapter and down_adapter.forward_addition(intermediate, permuted=permute)
     if result:
         tile = chosen.second.fit(hidden, width)
-        for weight, expert in _parts(down_proj, chosen, m_sizes, dtype, permute):
+        for weight, expert in _parts(down_proj, chosen, m_sizes, dtype):
             linear_tiles(intermediate, weight, tiles, block_m, tile, out_slots, order, added_down, expert)
         out = combine(out_slots, top_k_weights, top_k_index, experts)
     else:
         out = torch.empty_like(hidden_states)
     if not save:
         return out, *UNSAVED
-    same_tiles = plan(slots, gate_up_proj, down_proj, dtype, device, dense, backward=True).block_m == block_m
     low_rank = (added and added.low_rank, added_down and added_down.low_rank)
-    return out, pre_activation, *low_rank, order, m_sizes, *((offsets, tiles) if same_tiles else ())
+    return out, pre_activation, *low_rank, order, m_sizes, *((offsets, tiles) if keep_tiles else ())
 
 
 @compiled_at_once()
@@ -118,13 +120,15 @@ def experts_backward(
     offsets, tiles = table or tile_table(m_sizes, slots, block_m, rest=-1)
 
     gate_up_adapter, down_adapter = adapters(gate_up_projection, down_projection, dtype, seed, k, order, tiles, block_m)
+    if chosen.way == "fast":
+        gate_up_proj, down_proj = fast_weights((gate_up_proj, down_proj), m_sizes, dtype)
     added = down_adapter and down_adapter.backward_addition(grad_output, by_token=True)
     weighted = hidden_states.new_empty(slots, width) if wanted.down_proj or wanted.down_A else None
     tile = chosen.first.fit(width, hidden)
     grad_pre_activation = torch.empty_like(pre_activation)
     parts = torch.empty(cdiv(width, tile.block_n), slots, dtype=torch.float32, device=device)
     grad_slots = hidden_states.new_empty(slots, hidden) if wanted.hidden_states else None
-    for weight, expert in _parts(down_proj, chosen, m_sizes, dtype, spare=grad_slots):
+    for weight, expert in _parts(down_proj, chosen, m_sizes, dtype, grad_slots):
         down_backward(
             grad_output, weight, pre_activation, top_k_weights, order, tiles, activation, block_m, tile,
             grad_pre_activation, parts, weighted, added, expert,
@@ -182,11 +186,10 @@ def _forward_of_few(
 
 
 def _parts(
-    weight: Weight,
+    weight: Stored,
     chosen: Plan,
     m_sizes: Tensor,
     dtype: torch.dtype,
-    permute: bool = False,
     spare: Optional[Tensor] = None,
 ) -> Iterator[Tuple[Stored, int]]:
     """``weight`` as the kernels take it, and the number of its first expert.
@@ -196,8 +199,6 @@ def _parts(
     """
     if not isinstance(weight, FourBitWeight) or chosen.way == "plain":
         yield weight, 0
-    elif chosen.way == "fast":
-        yield fast_weight(weight, m_sizes, dtype, permute), 0
     else:
         experts, n, k = weight.shape
         run = max(1, chosen.scratch // (n * k * dtype.itemsize))

@@ -14,21 +14,21 @@ Decoding costs as much as multiplying, so this file spends as few instructions o
    H100).
 4. Backward needs w^T, whose packed dimension is the output. Nibbles of rows n and n + 1 are paired, looked up together
    and come out as the pair along n that the operand wants; the permutation is then one of the output's columns.
-5. ``absmax`` is prepared once a call by ``pack_scales``: decoded, divided by the codebook's FACTOR and split into two
+5. ``absmax`` is prepared once a call by ``fast_weights``: decoded, divided by the codebook's FACTOR and split into two
    16-bit numbers, high + low. code * high + code * low in two fused multiply-adds has the error of an fp32 scale.
 
 On Hopper, ``_settle`` waits for the product before the next decode may overwrite its registers, which Triton forgets
 (triton-lang/triton#9433).
 """
 
-from typing import NamedTuple, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
-from ..projection import FourBitWeight
+from ..projection import FourBitWeight, Weight
 from ..tiling import Tile, cdiv, next_power_of_2
 from .four_bit import FourBitPointers, absmax_of
 from .launch import launch
@@ -37,15 +37,15 @@ from .nibbles import FACTORS, decode_row, decode_two_rows, even_words
 Tensor = torch.Tensor
 
 SCALED_BLOCK = 64  # weights a prepared scale, whatever the stack's own blocksize
+TABLE = tl.constexpr(256)
 
 
 class FastPointers(NamedTuple):
-    """What a kernel takes: packed as int32 or int16 words, scales (E, K / 64, N) int32, table (4, 64) int32: the
-    even words of ``nibbles.table_words``, a copy for each lane."""
+    """What a kernel takes: packed as int32 or int16 words; scales int32, of which the first TABLE are the even words of
+    ``nibbles.table_words``, (4, 64) with a copy for each lane, and the others scales (E, K / 64, N)."""
 
     packed: Tensor
     scales: Tensor
-    table: Tensor
 
 
 @triton.jit
@@ -106,13 +106,13 @@ def accumulate_rows(
     """
     WORDS: tl.constexpr = BLOCK_K // 8
     RUNS: tl.constexpr = BLOCK_K // 64
-    t0, t1 = _table(w.table, 0, COLS, WORDS), _table(w.table, 1, COLS, WORDS)
-    t2, t3 = _table(w.table, 2, COLS, WORDS), _table(w.table, 3, COLS, WORDS)
+    t0, t1 = _table(w.scales, 0, COLS, WORDS), _table(w.scales, 1, COLS, WORDS)
+    t2, t3 = _table(w.scales, 2, COLS, WORDS), _table(w.scales, 3, COLS, WORDS)
     place = tl.arange(0, BLOCK_K) if FORMAT[3] else column_at(tl.arange(0, BLOCK_K))
     a_tile = a + rows.to(tl.int64)[:, None] * stride_am + place[None, :] * stride_ak
     row = expert.to(tl.int64) * N + cols
     q_tile = w.packed + row[:, None] * (K // 8) + tl.arange(0, WORDS)[None, :]
-    s_tile = w.scales + (expert.to(tl.int64) * (K // 64) + tl.arange(0, RUNS))[None, :] * N + cols[:, None]
+    s_tile = w.scales + TABLE + (expert.to(tl.int64) * (K // 64) + tl.arange(0, RUNS))[None, :] * N + cols[:, None]
     acc = tl.zeros((COLS, BLOCK_M), tl.float32)
     for first in range(0, K, BLOCK_K):
         x = tl.load(a_tile)
@@ -156,13 +156,14 @@ def accumulate_columns(
     NIBBLES: tl.constexpr = BITS // 4
     WORDS: tl.constexpr = COLS // NIBBLES
     RUNS: tl.constexpr = COLS // 64
-    t0, t1 = _table(w.table, 0, BLOCK_K // 2, WORDS), _table(w.table, 1, BLOCK_K // 2, WORDS)
-    t2, t3 = _table(w.table, 2, BLOCK_K // 2, WORDS), _table(w.table, 3, BLOCK_K // 2, WORDS)
+    t0, t1 = _table(w.scales, 0, BLOCK_K // 2, WORDS), _table(w.scales, 1, BLOCK_K // 2, WORDS)
+    t2, t3 = _table(w.scales, 2, BLOCK_K // 2, WORDS), _table(w.scales, 3, BLOCK_K // 2, WORDS)
     k = tl.arange(0, BLOCK_K)
     a_tile = a + rows.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
     q_tile = w.packed + (expert.to(tl.int64) * K + k)[:, None] * (N // NIBBLES) + col // NIBBLES
     q_tile += tl.arange(0, WORDS)[None, :]
-    s_tile = w.scales + (expert.to(tl.int64) * (N // 64) + col // 64 + tl.arange(0, RUNS))[None, :] * K + k[:, None]
+    s_tile = w.scales + TABLE + (expert.to(tl.int64) * (N // 64) + col // 64 + tl.arange(0, RUNS))[None, :] * K
+    s_tile += k[:, None]
     acc = tl.zeros((COLS, BLOCK_M), tl.float32)
     for first in range(0, K, BLOCK_K):
         x = tl.load(a_tile)
@@ -230,39 +231,44 @@ def permuted(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _pack_scales_kernel(
-    # pointers
-    w, m_sizes, scales, table,
-    # sizes
-    N: tl.constexpr, K: tl.constexpr,
-    # meta
-    WORDS: tl.constexpr, FACTOR: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
-    ROWS: tl.constexpr, RUNS: tl.constexpr,
-):  # fmt: skip
-    """Grid (cdiv(N, ROWS), E): scales (E, K / 64, N) int32, two 16-bit numbers of which the sum is absmax / FACTOR;
-    and table (4, 64) int32, a row for each of the four WORDS.
-
-    Experts without rows are left out.
-    """
+def _pack_stack(w, scales, m_sizes, STACK: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr):
+    """STACK holds N, K, FACTOR, blocksize, nested blocksize, the least power of two of at least K / 64, table words."""
+    N: tl.constexpr = STACK[0]
+    K: tl.constexpr = STACK[1]
     expert = tl.program_id(1)
     if (tl.program_id(0) == 0) & (expert == 0):
         for i in tl.static_range(4):
-            tl.store(table + i * 64 + tl.arange(0, 64), tl.full((64,), WORDS[i], tl.int32))
-    if tl.load(m_sizes + expert) == 0:
-        return
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    run = tl.arange(0, RUNS)[None, :]
-    inside = (row < N) & (run < K // 64)
-    row = tl.minimum(row, N - 1)
-    run = tl.minimum(run, K // 64 - 1)
-    scale = absmax_of(w, ((expert.to(tl.int64) * N + row) * K + run * 64) // BLOCKSIZE, NESTED_BLOCKSIZE)
-    scale /= FACTOR
-    dtype: tl.constexpr = tl.bfloat16 if DTYPE == "bf16" else tl.float16
-    high = scale.to(dtype)
-    low = (scale - high.to(tl.float32)).to(dtype)
-    word = high.to(tl.uint16, bitcast=True).to(tl.int32) | low.to(tl.uint16, bitcast=True).to(tl.int32) << 16
-    tl.store(scales + (expert.to(tl.int64) * (K // 64) + run) * N + row, word, mask=inside)
+            tl.store(scales + i * 64 + tl.arange(0, 64), tl.full((64,), STACK[6 + i], tl.int32))
+    if tl.load(m_sizes + expert) > 0:
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        run = tl.arange(0, STACK[5])[None, :]
+        inside = (row < N) & (run < K // 64)
+        row = tl.minimum(row, N - 1)
+        run = tl.minimum(run, K // 64 - 1)
+        scale = absmax_of(w, ((expert.to(tl.int64) * N + row) * K + run * 64) // STACK[3], STACK[4])
+        scale /= STACK[2]
+        dtype: tl.constexpr = tl.bfloat16 if DTYPE == "bf16" else tl.float16
+        high = scale.to(dtype)
+        low = (scale - high.to(tl.float32)).to(dtype)
+        word = high.to(tl.uint16, bitcast=True).to(tl.int32) | low.to(tl.uint16, bitcast=True).to(tl.int32) << 16
+        tl.store(scales + TABLE + (expert.to(tl.int64) * (K // 64) + run) * N + row, word, mask=inside)
+
+
+@triton.jit
+def _pack_scales_kernel(
+    # pointers
+    w0, scales0, w1, scales1, m_sizes,
+    # meta
+    STACK0: tl.constexpr, STACK1: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(N, ROWS), E, stacks): fills the ``scales`` of ``FastPointers`` for one stack or, with w1, for two.
+
+    Two 16-bit numbers are kept of which the sum is absmax / FACTOR. Experts without rows are left out.
+    """
+    if tl.program_id(2) == 0:
+        _pack_stack(w0, scales0, m_sizes, STACK0, DTYPE, ROWS)
+    elif w1 is not None:
+        _pack_stack(w1, scales1, m_sizes, STACK1, DTYPE, ROWS)
 
 
 class FastWeight(NamedTuple):
@@ -270,7 +276,6 @@ class FastWeight(NamedTuple):
 
     packed: Tensor
     scales: Tensor
-    table: Tensor
     shape: Tuple[int, int, int]
     quant_type: str
     dtype: str
@@ -285,22 +290,33 @@ class FastWeight(NamedTuple):
             if transposed
             else decode_row(self.quant_type, self.dtype)
         )
-        return FastPointers(words, self.scales, self.table), ("fast", decode, bits, self.permuted)
+        return FastPointers(words, self.scales), ("fast", decode, bits, self.permuted)
 
 
-def fast_weight(weight: FourBitWeight, m_sizes: Tensor, dtype: torch.dtype, permuted: bool = False) -> FastWeight:
-    """Prepares the scales of the experts that have rows. Blocks must not straddle 64 weights: blocksize and K are
-    multiples of 64. ``permuted`` says that what the stack multiplies comes with its columns permuted."""
-    experts, n, k = weight.shape
+def fast_weights(
+    weights: Sequence[Optional[Weight]], m_sizes: Tensor, dtype: torch.dtype, permuted: bool = False
+) -> List[Union[Tensor, FastWeight, None]]:
+    """Prepares the scales of one or two stacks in one launch, for the experts that have rows; others stay as they are.
+
+    Blocks must not straddle 64 weights: blocksize and K are multiples of 64. ``permuted`` says that what the stacks
+    multiply comes with its columns permuted.
+    """
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
-    blocks = k // SCALED_BLOCK
-    scales = torch.empty(experts * blocks * n + 256, dtype=torch.int32, device=m_sizes.device)
-    scales, table = scales[:-256], scales[-256:]  # the table is made anew each time: nothing is kept between calls
-    rows = 64
-    launch(
-        _pack_scales_kernel, (cdiv(n, rows), experts), 4, 1,
-        (FourBitPointers(*weight[:6]), m_sizes, scales, table), (), n, k,
-        even_words(weight.quant_type, name), FACTORS[weight.quant_type], name,
-        weight.blocksize, weight.nested_blocksize, rows, next_power_of_2(blocks),
-    )  # fmt: skip
-    return FastWeight(weight.packed, scales, table, weight.shape, weight.quant_type, name, permuted)
+    prepared, pointers, stacks = [], [], []
+    for weight in weights:
+        if isinstance(weight, FourBitWeight):
+            experts, n, k = weight.shape
+            runs = k // SCALED_BLOCK
+            scales = torch.empty(TABLE.value + experts * runs * n, dtype=torch.int32, device=m_sizes.device)
+            pointers += [FourBitPointers(*weight[:6]), scales]
+            stack = (n, k, FACTORS[weight.quant_type], weight.blocksize, weight.nested_blocksize, next_power_of_2(runs))
+            stacks.append((*stack, *even_words(weight.quant_type, name)))
+            weight = FastWeight(weight.packed, scales, weight.shape, weight.quant_type, name, permuted)
+        prepared.append(weight)
+    if stacks:
+        rows, count = 64, len(stacks)
+        grid = (cdiv(max([stack[0] for stack in stacks]), rows), m_sizes.shape[0], count)
+        if count == 1:
+            pointers, stacks = [*pointers, None, None], [*stacks, None]
+        launch(_pack_scales_kernel, grid, 4, 1, (*pointers, m_sizes), (), *stacks, name, rows)
+    return prepared
