@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from . import oracle
-from .adapted import Adapter
+from .adapted import Adapter, Quantization, decoded
 from .modules import Block, Experts, Router, with_forward
 from .oracle import RATIO, assert_close
 from .problems import Problem
@@ -105,6 +105,67 @@ def test_adapters_left_on_the_experts_for_a_call_are_added(kernel, device, adapt
     given = {f"{name}_lora": kernel.Lora(*fields) for name, fields in lora.items()}
     assert torch.equal(out, kernel.fused_experts(*inputs[:-1], **given))
     assert not torch.equal(out, kernel.fused_experts(*inputs[:-1]))
+
+
+def _new_data(experts, inputs):
+    experts.gate_up_proj.data = inputs.gate_up_proj
+    experts.down_proj.data = inputs.down_proj
+
+
+def _new_parameters(experts, inputs):
+    experts.gate_up_proj, experts.down_proj = nn.Parameter(inputs.gate_up_proj), nn.Parameter(inputs.down_proj)
+
+
+def _written_in_place(experts, inputs):
+    with torch.no_grad():
+        experts.gate_up_proj.copy_(inputs.gate_up_proj)
+        experts.down_proj.copy_(inputs.down_proj)
+
+
+def _crossed_in_memory(experts, inputs):
+    experts.gate_up_proj.data = inputs.gate_up_proj.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _misaligned(experts, inputs):
+    data = torch.cat((inputs.down_proj.new_zeros(1), inputs.down_proj.flatten()))
+    experts.down_proj.data = data[1:].view(inputs.down_proj.shape)
+
+
+CHANGES = [_new_data, _new_parameters, _written_in_place, _crossed_in_memory, _misaligned]
+CHANGES += [lambda experts, _: experts.half(), lambda experts, _: experts.gate_up_proj.requires_grad_(False)]
+
+
+@pytest.mark.parametrize("order", [CHANGES, CHANGES[::-1]], ids=["forwards", "backwards"])
+def test_each_call_takes_the_weights_as_they_are_then(kernel, device, order):
+    """Whatever is kept between calls to save the host time must not outlive a change of what it was made of."""
+    experts = with_forward(Experts(PROBLEM.draw(device, torch.float32)), kernel.layers.Qwen3MoeExperts)
+    for change in (lambda *_: None, *order, lambda experts, _: experts.float()):
+        change(experts, PROBLEM.draw(device, experts.gate_up_proj.dtype))
+        hidden, index, weights, _, _, grad_output = PROBLEM.draw(device, experts.gate_up_proj.dtype)
+        leaves = [hidden.requires_grad_(), experts.gate_up_proj, experts.down_proj]
+        wide = [x.detach().double().requires_grad_(x.requires_grad) for x in leaves]
+        out, ref = experts(hidden, index, weights), oracle.experts(wide[0], index, weights.double(), *wide[1:])
+        grads = torch.autograd.grad(out, [x for x in leaves if x.requires_grad], grad_output)
+        ref_grads = torch.autograd.grad(ref, [x for x in wide if x.requires_grad], grad_output.double())
+        for want, got in zip((ref, *ref_grads), (out, *grads)):
+            assert_close("after a change", want, got, RATIO[got.dtype])
+
+
+def test_each_call_takes_the_4_bit_weights_and_adapters_as_they_are_then(kernel, device):
+    inputs = PROBLEM.draw(device, torch.float32)
+    experts = with_forward(Experts(inputs), kernel.layers.Qwen3MoeExperts)
+    factors = Adapter().draw(PROBLEM, device, torch.float32)
+    lora = {"down_proj": (factors["down_A"], factors["down_B"], 0.5, 0.0)}
+    for quantization in (Quantization(), Quantization("fp4", blocksize=128), Quantization(nested=False)):
+        for name in ("gate_up_proj", "down_proj"):
+            fresh = getattr(PROBLEM.draw(device, torch.float32), name)
+            setattr(experts, name, quantization.quantize(fresh))
+        for experts.lora in ({}, lora, {}):
+            out = experts(inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights)
+            dense = [decoded(x, torch.float32) for x in (experts.gate_up_proj, experts.down_proj)]
+            given = kernel.Lora(*lora["down_proj"]) if experts.lora else None
+            ref = kernel.fused_experts(*inputs[:3], *dense, down_lora=given)
+            assert_close("after a change", ref.double(), out, RATIO[torch.float32])
 
 
 def test_unsupported_experts_are_refused_by_name(kernel, block, hidden_states):

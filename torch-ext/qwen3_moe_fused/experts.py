@@ -105,10 +105,11 @@ def fused_experts(
     tokens = (hidden_states, top_k_index, top_k_weights)
     leaves = _leaves(hidden_states, top_k_weights, gate_up, down)
     save = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in leaves])
-    if _op_is_seen((*leaves, top_k_index, gate_up.stored, down.stored)):
+    if _op_is_seen((*leaves, top_k_index)):
         return _forward(*tokens, *gate_up.flatten(), *down.flatten(), seed, activation, save)[0]
     if save:
-        return FusedExperts.apply(top_k_index, gate_up.frozen(), down.frozen(), seed, activation, *leaves)
+        projections = gate_up.without_leaves(), down.without_leaves()
+        return FusedExperts.apply(top_k_index, projections, seed, activation, *leaves)
     return FORWARD[hidden_states.device.type](*tokens, gate_up, down, seed, activation, False)[0]
 
 
@@ -339,24 +340,24 @@ class FusedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, top_k_index, frozen_gate_up, frozen_down, seed, activation, *leaves):
-        hidden_states, top_k_weights, gate_up, down = _with_leaves(frozen_gate_up, frozen_down, leaves)
+    def forward(ctx, top_k_index, projections, seed, activation, *leaves):
+        hidden_states, top_k_weights, gate_up, down = _with_leaves(projections, leaves)
         out, *saved = FORWARD[hidden_states.device.type](
             hidden_states, top_k_index, top_k_weights, gate_up, down, seed, activation, True, _result_is_wanted.get()
         )
         ctx.set_materialize_grads(False)
-        ctx.others = frozen_gate_up, frozen_down, activation
+        ctx.others = projections, activation
         ctx.save_for_backward(*leaves, top_k_index, seed, *saved)
         return out
 
     @staticmethod
     def backward(ctx, grad_output):
         if grad_output is None:
-            return (None,) * (5 + LEAVES)
-        frozen_gate_up, frozen_down, activation = ctx.others
+            return (None,) * (4 + LEAVES)
+        projections, activation = ctx.others
         tensors = ctx.saved_tensors
         leaves, (top_k_index, seed, *saved) = tensors[:LEAVES], tensors[LEAVES:]
-        hidden_states, top_k_weights, gate_up, down = _with_leaves(frozen_gate_up, frozen_down, leaves)
+        hidden_states, top_k_weights, gate_up, down = _with_leaves(projections, leaves)
         tokens = (grad_output, hidden_states, top_k_index, top_k_weights)
         wanted = ctx.needs_input_grad[-LEAVES:]
         if torch.is_grad_enabled():
@@ -367,24 +368,25 @@ class FusedExperts(torch.autograd.Function):
             grads = BACKWARD[grad_output.device.type](
                 *tokens, gate_up, down, seed, tuple(saved), activation, Gradients(*wanted)
             )
-        return (None,) * 5 + tuple([grad if asked else None for asked, grad in zip(wanted, grads)])
+        return (None,) * 4 + tuple([grad if asked else None for asked, grad in zip(wanted, grads)])
 
 
 def _leaves(hidden_states, top_k_weights, gate_up: Projection, down: Projection) -> Tuple[Optional[Tensor], ...]:
-    """The tensors that can have a gradient, in the order of ``Gradients``; None for what there is not."""
+    """``Projection.leaves`` of both and the tokens', in the order of ``Gradients``."""
     (gate_up_proj, *gate_up_factors), (down_proj, *down_factors) = gate_up.leaves(), down.leaves()
     return (hidden_states, top_k_weights, gate_up_proj, down_proj, *gate_up_factors, *down_factors)
 
 
-def _with_leaves(frozen_gate_up: Projection, frozen_down: Projection, leaves: Tuple) -> Tuple:
+def _with_leaves(projections: Tuple[Projection, Projection], leaves: Tuple) -> Tuple:
     """hidden_states, top_k_weights and both projections, whole again."""
     hidden_states, top_k_weights, gate_up_proj, down_proj, *factors = leaves
-    gate_up = frozen_gate_up.with_leaves(gate_up_proj, *factors[:2])
-    return hidden_states, top_k_weights, gate_up, frozen_down.with_leaves(down_proj, *factors[2:])
+    gate_up, down = projections
+    gate_up, down = gate_up.with_leaves(gate_up_proj, *factors[:2]), down.with_leaves(down_proj, *factors[2:])
+    return hidden_states, top_k_weights, gate_up, down
 
 
 LEAVES = len(Gradients._fields)
-SAVED_BY_OP = 6
+SAVED_BY_OP = 6  # out, pre_activation, two low_rank, order, m_sizes; see _run_forward
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 

@@ -86,22 +86,20 @@ class Projection(NamedTuple):
         """Columns of x A^T: r, 2r if the halves have an A each, 0 without an adapter."""
         return 0 if self.lora is None else self.lora.A.shape[1]
 
-    @property
-    def stored(self) -> Tensor:
-        """The tensor that holds the weight."""
-        return self.weight.packed if self.four_bit else self.weight
+    def leaves(self) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+        """What autograd saves and may differentiate: the weight, packed if it is in 4 bit, A and B; None for what there
+        is not. A packed weight has no gradient, but someone may have gathered it for this call alone."""
+        weight = self.weight.packed if self.four_bit else self.weight
+        return weight, *(self.lora or (None, None))[:2]
 
-    def leaves(self) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
-        """What can have a gradient: the weight if it is dense, A and B; None for what there is not."""
-        return (None if self.four_bit else self.weight, *(self.lora or (None, None))[:2])
-
-    def frozen(self) -> "Projection":
-        """What cannot: the rest, for ``with_leaves`` to make whole again."""
-        return Projection(self.weight if self.four_bit else None, self.lora and self.lora._replace(A=None, B=None))
+    def without_leaves(self) -> "Projection":
+        """The rest, for ``with_leaves`` to make whole again."""
+        return self.with_leaves(None, None, None)
 
     def with_leaves(self, weight: Optional[Tensor], A: Optional[Tensor], B: Optional[Tensor]) -> "Projection":
-        lora = self.lora and Lora(A, B, self.lora.scaling, self.lora.dropout)
-        return Projection(self.weight if weight is None else weight, lora)
+        if self.four_bit:
+            weight = FourBitWeight(weight, *self.weight[1:])
+        return Projection(weight, self.lora and Lora(A, B, *self.lora[2:]))
 
     def flatten(self) -> Tuple:
         """Tensor, five statistics, six numbers (none if dense), A, B, scaling, dropout: what an op takes."""

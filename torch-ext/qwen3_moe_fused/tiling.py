@@ -27,7 +27,13 @@ class Tile:
         """No wider than a thin matrix of n columns and depth k needs; a dot takes at least 16."""
         if self.block_n <= n and self.block_k <= k:
             return self
-        return replace(self, block_n=min(self.block_n, _padded(n)), block_k=min(self.block_k, _padded(k)))
+        return _narrowed(self, n, k)
+
+
+@functools.cache
+def _narrowed(tile: Tile, n: int, k: int) -> Tile:
+    """Kept, as adapters, which always are thin, would pay 2 us for it six times in a step."""
+    return replace(tile, block_n=min(tile.block_n, _padded(n)), block_k=min(tile.block_k, _padded(k)))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any, Dict, List, Tuple
 import torch
 import triton
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import first_call
 
@@ -74,9 +73,11 @@ def _resolve(pointers: Tuple) -> Tuple[List, List]:
         if isinstance(pointer, Tensor):
             address = pointer.data_ptr()
             trait = pointer.dtype, address % 16 == 0
+        elif pointer is None or isinstance(pointer, int):
+            pass
         elif isinstance(pointer, tuple):
             address, trait = map(tuple, _resolve(pointer))
-        elif isinstance(pointer, TensorDescriptor):
+        else:
             trait = pointer.base.dtype, *pointer.block_shape
         addresses.append(address)
         traits.append(trait)

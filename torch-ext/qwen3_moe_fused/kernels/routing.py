@@ -112,7 +112,7 @@ def _tile_table_kernel(
 
 def routing(top_k_index: Tensor, num_experts: int, block_m: int) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """order (S,), m_sizes (E,), offsets (E+1,), tiles (S // block_m + E + 1, 3), all int32."""
-    ids = top_k_index.reshape(-1)
+    ids = top_k_index.contiguous()
     slots = ids.numel()
     capacity = slots // block_m + num_experts + 1
     order, m_sizes, offsets, tiles = (
