@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build(options, sizes, device)
     built = time.perf_counter() - started
     loss_options = {"chunk_mem_const": options.loss_chunk} if options.liger else {}
-    step = training_step(model, adam(model, device), **loss_options)
+    step = training_step(model, adam(model, device, waits=options.stock), **loss_options)
     runs = []
     for tokens in options.tokens:
         run = measure(step, token_ids(model, tokens), options.steps, device)

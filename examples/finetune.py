@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from qwen3_moe_integration import enable_graphed_checkpointing, expert_lora_config
+from qwen3_moe_integration.optim import AdamW8bit
 from qwen3_moe_integration.plan import Plan
 
 ON_GPU = DEVICE == "cuda"
@@ -194,8 +195,10 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, 
         "load_best_model_at_end": not is_whole(options),  # of a whole model the Trainer would lose the experts
         "seed": 0,
     }
+    optimizer = None
     if ON_GPU and options.model:
         arguments |= training_arguments()
+        optimizer = (AdamW8bit, {"lr": options.lr})
     kind, config = Trainer, TrainingArguments
     collator = collate_for_liger if "use_liger_kernel" in arguments else default_data_collator
     if options.trainer == "sft":
@@ -214,6 +217,7 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, 
         eval_dataset=held_out,
         processing_class=tokenizer,
         data_collator=collator,
+        optimizer_cls_and_kwargs=optimizer,
     )
 
 

@@ -37,11 +37,8 @@ def plan_for(options: argparse.Namespace) -> Plan:
 
 
 def training_arguments() -> dict:
-    """Adam with 8-bit states, and Liger's norms and loss where it is installed; the experts are the kernel's."""
-    arguments = {"optim": "adamw_bnb_8bit"}
-    if LIGER:
-        arguments |= {"use_liger_kernel": True, "liger_kernel_config": {"swiglu": False}}
-    return arguments
+    """Liger's norms and loss where it is installed; the experts are the kernel's."""
+    return {"use_liger_kernel": True, "liger_kernel_config": {"swiglu": False}} if LIGER else {}
 
 
 def collate_for_liger(rows: list) -> dict:

@@ -21,14 +21,17 @@ WARM_UP = 3
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
-def adam(model: nn.Module, device: str) -> torch.optim.Optimizer:
-    """Of the parameters that are trained, with 8-bit states on a GPU."""
+def adam(model: nn.Module, device: str, waits: bool = True) -> torch.optim.Optimizer:
+    """Of the parameters that are trained, with 8-bit states on a GPU: bitsandbytes' own, which ``waits`` for the GPU
+    after each parameter, or the integration's."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    if device == "cuda":
+    if device != "cuda":
+        return torch.optim.AdamW(trained, lr=2e-4)
+    if waits:
         from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(trained, lr=2e-4)
-    return torch.optim.AdamW(trained, lr=2e-4)
+    else:
+        from qwen3_moe_integration.optim import AdamW8bit
+    return AdamW8bit(trained, lr=2e-4)
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, **loss_options: Any) -> Step:

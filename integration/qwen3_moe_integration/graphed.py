@@ -73,27 +73,29 @@ class GraphedCheckpoint:
             return function(hidden_states, *args)
         layer = function.func.__self__
         values, tree = pytree.tree_flatten((args, function.keywords))
-        reason = _reason(layer, hidden_states, values)
-        way = self._way(layer, _Call.of(layer, hidden_states, values, tree)) if reason is None else None
-        if way is None:
-            _warn_once(
-                f"{type(layer).__name__} is checkpointed without CUDA graphs: "
-                + (reason or f"it was called in more than {self.ways} ways; pack or pad sequences to few lengths")
-            )
-        if way is None or not way.tried:
+        try:
+            way = self._way(layer, _Call.of(layer, hidden_states, values, tree))
+        except _NotRecordableError as reason:
+            _warn_once(f"{type(layer).__name__} is checkpointed without CUDA graphs: {reason}")
+            return checkpoint(function, hidden_states, *args, use_reentrant=False)
+        if not way.tried:
             output = checkpoint(function, hidden_states, *args, use_reentrant=False)
-            if way is not None and isinstance(output, Tensor) and _meta(output)[:3] == _meta(hidden_states)[:3]:
+            if isinstance(output, Tensor) and _meta(output)[:3] == _meta(hidden_states)[:3]:
                 output.register_hook(way.was_tried)
             return output
         if way.recording is None:
             way.recording = _Recording(function.func, hidden_states, values, tree, self._device(hidden_states.device))
         return _Replay.apply(way.recording, values, hidden_states, *way.recording.parameters)
 
-    def _way(self, layer: nn.Module, call: "_Call") -> Optional["_Way"]:
-        """The same for equal calls; None if there are too many."""
+    def _way(self, layer: nn.Module, call: "_Call") -> "_Way":
+        """The same for equal calls."""
         known = self._known.setdefault(layer, [])
         way = next((way for way in known if way.call == call), None)
-        if way is None and len(known) < self.ways:
+        if way is None:
+            if len(known) == self.ways:
+                raise _NotRecordableError(
+                    f"it was called in more than {self.ways} ways; pack or pad sequences to few lengths"
+                )
             known.append(way := _Way(call))
         return way
 
@@ -114,18 +116,57 @@ class _Call:
 
     @classmethod
     def of(cls, layer: nn.Module, hidden_states: Tensor, values: list, tree: pytree.TreeSpec) -> "_Call":
-        inputs = [_meta(value) if isinstance(value, Tensor) else value for value in (hidden_states, *values)]
+        """Raises:
+        _NotRecordableError: saying why.
+        """
         kind = hidden_states.device.type
-        state = []
-        for module in layer.modules():
-            state.append(module.training)
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    state.append((tensor.data_ptr(), tensor.dtype, tensor.requires_grad))
-            if isinstance(module, BaseTunerLayer):
-                scaling = tuple(getattr(module, "scaling", {}).items())
-                state.append((*module.active_adapters, *module.merged_adapters, module.disable_adapters, scaling))
+        if not _can_record(hidden_states.device):
+            raise _NotRecordableError(f"it runs on {kind}")
+        if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+            raise _NotRecordableError("it has an input besides hidden_states that requires a gradient")
+        inputs = [_meta(value) if isinstance(value, Tensor) else value for value in (hidden_states, *values)]
+        state = _state(layer)
+        if not hidden_states.requires_grad and True not in state:
+            raise _NotRecordableError("nothing in it or before it is trained")
         return cls(inputs, tree, (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)), state)
+
+
+def _state(layer: nn.Module) -> list:
+    """Of every module in a layer whether it trains, where its tensors lie and what its adapters do.
+
+    Done for each call, so it walks as directly as it can.
+    """
+    state, modules = [], [layer]
+    while modules:
+        module = modules.pop()
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or "_hf_hook" in module.__dict__
+        ):
+            raise _NotRecordableError(f"its {type(module).__name__} has hooks, which a graph would not call")
+        state.append("trains" if module.training else "evaluates")
+        for tensor in module._parameters.values():
+            if tensor is not None:
+                state += tensor.data_ptr(), tensor.dtype, tensor.requires_grad
+        for tensor in module._buffers.values():
+            if tensor is not None:
+                state += tensor.data_ptr(), tensor.dtype
+        if _has_adapters(type(module)):
+            state += module.active_adapters, module.merged_adapters, module.disable_adapters and "off"
+            state += getattr(module, "scaling", {}).items()
+        modules.extend(child for child in module._modules.values() if child is not None)
+    return state
+
+
+@functools.cache
+def _has_adapters(kind: type) -> bool:
+    return issubclass(kind, BaseTunerLayer)  # of abstract classes, and so not cheap
+
+
+class _NotRecordableError(Exception):
+    """A call that is checkpointed as usual."""
 
 
 @dataclass
@@ -147,20 +188,6 @@ def _meta(tensor: Tensor) -> tuple:
 
 def _can_record(device: torch.device) -> bool:
     return device.type == "cuda"
-
-
-def _reason(layer: nn.Module, hidden_states: Tensor, values: list) -> Optional[str]:
-    """Why a call cannot be recorded; None if it can."""
-    if not _can_record(hidden_states.device):
-        return f"it runs on {hidden_states.device.type}"
-    if not hidden_states.requires_grad and not any(parameter.requires_grad for parameter in layer.parameters()):
-        return "nothing in it or before it is trained"
-    if any(isinstance(value, Tensor) and value.requires_grad for value in values):
-        return "it has an input besides hidden_states that requires a gradient"
-    for name, module in layer.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or hasattr(module, "_hf_hook"):
-            return f"{name or 'it'} has hooks, which a graph would not call"
-    return None
 
 
 class _Device:
@@ -225,9 +252,8 @@ class _Recording:
             wanted = [*self.parameters, *([state] if wanted_too else [])]
             grads = torch.autograd.grad(output, wanted, self.grad, allow_unused=True)
             self.used = [grad is not None for grad in grads[: len(self.parameters)]]
-            for buffer, grad in zip([*self.grads, *wanted_too], grads):
-                if grad is not None:
-                    buffer.copy_(grad)
+            pairs = [pair for pair in zip([*self.grads, *wanted_too], grads) if pair[1] is not None]
+            torch._foreach_copy_(*map(list, zip(*pairs)))
 
         try:
             with _uncached_autocast(hidden_states.device.type):
@@ -283,9 +309,13 @@ class _Replay(torch.autograd.Function):
         generator.set_offset(ctx.offset)
         recording.backward()
         generator.set_offset(offset)
-        grad = recording.grad.clone() if ctx.needs_input_grad[2] else None
-        grads = [each.clone() if used else None for used, each in zip(recording.used, recording.grads)]
-        return None, None, grad, *grads
+        results = [recording.grad if ctx.needs_input_grad[2] else None]
+        results += [each if used else None for used, each in zip(recording.used, recording.grads)]
+        present = [each for each in results if each is not None]
+        copies = [torch.empty_like(each) for each in present]
+        torch._foreach_copy_(copies, present)
+        left = iter(copies)
+        return None, None, *(None if each is None else next(left) for each in results)
 
 
 @functools.cache

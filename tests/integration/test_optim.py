@@ -1,0 +1,80 @@
+"""The 8-bit Adam that does not wait is bitsandbytes' own in all but that."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+from qwen3_moe_integration.optim import AdamW8bit  # noqa: E402
+
+SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+
+
+def parameters(device: str, dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    """One large enough for states in 8 bit, one that is not, and one that never has a gradient."""
+    return [torch.nn.Parameter(torch.randn(size, device=device, dtype=dtype)) for size in ((96, 70), (3, 5), (4,))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_and_states_are_bitsandbytes_own_to_the_last_bit(device, dtype):
+    ours = parameters(device, dtype)
+    theirs = copy.deepcopy(ours)
+    optimizers = [AdamW8bit(ours, **SETTINGS), bitsandbytes.optim.AdamW8bit(theirs, **SETTINGS)]
+    for _ in range(5):
+        for a, b in zip(ours[:2], theirs[:2]):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs):
+        assert torch.equal(a, b)
+        ours_kept, theirs_kept = (optimizer.state[p] for optimizer, p in zip(optimizers, (a, b)))
+        assert ours_kept.keys() == theirs_kept.keys()
+        assert all(torch.equal(torch.as_tensor(ours_kept[k]), torch.as_tensor(theirs_kept[k])) for k in ours_kept)
+    assert optimizers[0].state[ours[0]]["state1"].dtype == torch.uint8
+
+
+def test_it_goes_on_from_a_state_that_bitsandbytes_saved(device):
+    ours = parameters(device, torch.float32)
+    theirs = copy.deepcopy(ours)
+    kept = bitsandbytes.optim.AdamW8bit(theirs, **SETTINGS)
+    for optimizer, group in ((kept, theirs), (AdamW8bit(ours, **SETTINGS), ours)):
+        for i, parameter in enumerate(group[:2]):
+            parameter.grad = torch.full_like(parameter, 0.1 + i)
+        optimizer.step()
+    again = AdamW8bit(ours, **SETTINGS)
+    again.load_state_dict(copy.deepcopy(kept.state_dict()))
+    for optimizer in (kept, again):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def test_it_waits_for_paged_states_alone(device):
+    (parameter, *_) = parameters(device, torch.float32)
+    parameter.grad = torch.randn_like(parameter)
+    with mock.patch("bitsandbytes.optim.optimizer.sync_gpu") as waits:
+        bitsandbytes.optim.AdamW8bit([parameter]).step()
+        assert waits.call_count == 1
+        optimizer = AdamW8bit([parameter])
+        optimizer.step()
+        assert waits.call_count == 1
+        with mock.patch.object(bitsandbytes.optim.AdamW8bit, "step", return_value="theirs"):
+            optimizer.is_paged = True
+            assert optimizer.step() == "theirs"
+
+
+def test_a_closure_gives_the_loss_and_the_gradients(device):
+    (parameter, *_) = parameters(device, torch.float32)
+    before = parameter.detach().clone()
+
+    def closure() -> torch.Tensor:
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        loss = AdamW8bit([parameter], lr=1e-2).step(closure)
+    assert torch.allclose(loss, before.square().sum()) and not torch.equal(parameter, before)
