@@ -1,6 +1,6 @@
 """Tunes the tiles for this machine's GPU: python tune.py [--hidden 2048 --intermediate 768 --experts 128 --top-k 8]
 
-Times a short, reasoned list of tiles for every kernel of the layer and every number of rows an expert, and writes the
+Times a short, reasoned list of tiles for every kernel of the layer and every number of rows per expert, and writes the
 fastest to torch-ext/qwen3_moe_fused/configs/<card>.json, which the next build ships. A few minutes, most of them
 compiling; tiles that the card's shared memory cannot hold are cut down or left out before they are tried.
 """
@@ -18,7 +18,7 @@ import triton
 from kernels import get_local_kernel
 
 ROOT = Path(__file__).resolve().parent
-ROWS = (1, 8, 32, 64, 128, 256, 1024)  # rows an expert; each entry serves up to the next
+ROWS = (1, 8, 32, 64, 128, 256, 1024)  # rows per expert; each entry serves up to the next
 BLOCK_M = {1: (16,), 8: (16,), 32: (32, 64), 64: (64, 128), 128: (64, 128), 256: (128,), 1024: (128, 256)}
 
 # (block_n, block_k, warps, stages) by block_m. Low tiles wait for weights: deep steps, many in flight. High ones
@@ -123,7 +123,7 @@ def fastest(name, launch, candidates):
 
 
 def tune(kernel, sizes, rows: int):
-    """The fastest tiling for one number of rows an expert, and its kernels' times in milliseconds."""
+    """The fastest tiling for one number of rows per expert, and its kernels' times in milliseconds."""
     tiling = importlib.import_module(f"{kernel.__name__}.tiling")
     shared = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
     layer = Layer(kernel, sizes, rows)
@@ -135,7 +135,7 @@ def tune(kernel, sizes, rows: int):
 
     best = None
     for block_m in BLOCK_M[rows]:
-        print(f"  {rows} rows an expert, block_m {block_m}")
+        print(f"  {rows} rows per expert, block_m {block_m}")
         layer.route(block_m)
         lists = {"gate_up": GATE_UP, "linear": LINEAR, "down_backward": DOWN_BACKWARD}
         chosen = {
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=768)
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--rows", type=int, nargs="*", default=ROWS, choices=ROWS, help="rows an expert to tune for")
+    parser.add_argument("--rows", type=int, nargs="*", default=ROWS, choices=ROWS, help="rows per expert to tune for")
     parser.add_argument("--kernel", type=Path, default=ROOT, help="folder of a build (default: this repository)")
     parser.add_argument("--out", type=Path, help="where to write (default: the package's configs folder)")
     sizes = parser.parse_args()
@@ -177,7 +177,7 @@ def main() -> None:
         tilings[rows] = {
             name: list(value.values()) if isinstance(value, dict) else value for name, value in asdict(tiling).items()
         }
-        print(f"{rows} rows an expert: {tilings[rows]} {times[rows]}", flush=True)
+        print(f"{rows} rows per expert: {tilings[rows]} {times[rows]}", flush=True)
     shape = {name: getattr(sizes, name) for name in ("hidden", "intermediate", "experts", "top_k")}
     result = {
         "card": card, "torch": torch.__version__, "triton": triton.__version__, "shape": shape,

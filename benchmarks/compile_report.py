@@ -1,7 +1,7 @@
 """Compiles every kernel of the 4-bit experts layer for cards that are not here, and records what each takes.
 
 The layer runs on empty tensors, with a launcher that compiles instead of launching: what is compiled is what the layer
-would choose on such a card, from one row an expert to thousands. Shared memory must stay below what the card has, or a
+would choose on such a card, from one row per expert to thousands. Shared memory must stay below what the card has, or a
 user meets OutOfResources; and on Hopper nothing may overwrite a product's registers too early. Needs no GPU.
 
     python benchmarks/compile_report.py --out benchmarks/results
@@ -82,7 +82,7 @@ def blocks(kernel, args) -> dict:
 
 
 def resources(compiled) -> dict:
-    """KiB of shared memory, registers a thread, bytes a thread spills; on Hopper also the products that decode into
+    """KiB of shared memory, registers and spilled bytes per thread; on Hopper also the products that decode into
     registers, and what overwrites them too early."""
     text = tool("cuobjdump", "-res-usage", cubin=compiled.asm["cubin"])
     registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
@@ -135,7 +135,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", type=Path, default=Path("."), help="folder that holds build/")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--rows", type=float, nargs="+", default=ROWS, help="rows an expert; below 1, some have none")
+    parser.add_argument("--rows", type=float, nargs="+", default=ROWS, help="rows per expert; below 1, some have none")
     parser.add_argument("--arch", type=int, nargs="+", default=list(CARDS), choices=list(CARDS))
     for name, default in (("hidden", 2048), ("intermediate", 768), ("experts", 128), ("top-k", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -1,4 +1,4 @@
-"""Times every way to multiply 4-bit experts at 1 to 4096 rows an expert: does the layer choose the fastest?
+"""Times every way to multiply 4-bit experts at 1 to 4096 rows per expert: does the layer choose the fastest?
 
 The ways are those of the kernel's regime.py. Each is forced and captured in a CUDA graph, forward and with its
 gradients, from one token on; "chosen" is the layer left alone. The graphs are timed in turns, so that what disturbs the
@@ -78,7 +78,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", type=Path, help="a local build (the folder that holds build/) instead of the Hub's")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
-    parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="rows an expert")
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="rows per expert")
     parser.add_argument("--shape", nargs=4, type=int, metavar=("H", "I", "E", "k"), default=(2048, 768, 128, 8))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget-ms", type=float, default=150.0, help="time spent on one way")
@@ -141,7 +141,7 @@ def slower(records: list[dict]) -> list[dict]:
 
 
 def draw(results: dict, path: Path) -> None:
-    """Milliseconds by rows an expert, both logarithmic, a panel each for forward and with gradients."""
+    """Milliseconds by rows per expert, both logarithmic, a panel each for forward and with gradients."""
     canvas, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for axes, which in zip(panels, PASSES):
         records = [record for record in results["times"] if record["pass"] == which]
@@ -150,7 +150,7 @@ def draw(results: dict, path: Path) -> None:
             style = {"color": "black", "linestyle": "--"} if way == CHOSEN else {"marker": "o"}
             if timed:
                 axes.loglog(*zip(*timed), label=way, **style)
-        axes.set(title=which, xlabel="rows an expert", ylabel="ms in a CUDA graph")
+        axes.set(title=which, xlabel="rows per expert", ylabel="ms in a CUDA graph")
         axes.grid(alpha=0.3)
     panels[0].legend()
     canvas.suptitle(results["environment"]["device"])

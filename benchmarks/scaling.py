@@ -142,11 +142,11 @@ def write(result: dict, folder: Path) -> None:
     env = result["environment"]
     lines = [
         f"{result['ranks']} x {env['device']}, torch {env['torch']}; {result['layers']} layers of Qwen3-30B-A3B, "
-        f"{result['tokens']} tokens a rank and step, LoRA rank {result['rank']}.",
+        f"{result['tokens']} tokens per rank and step, LoRA rank {result['rank']}.",
         "",
         f"`{result['command']}`",
         "",
-        "| engine | ms a step | tokens a second | efficiency | relative to | peak GiB |",
+        "| engine | ms per step | tokens a second | efficiency | relative to | peak GiB |",
         "| --- | ---: | ---: | ---: | --- | ---: |",
     ]
     for run in result["runs"]:

@@ -163,8 +163,8 @@ def memory(work: Work, engine: str, gpus: int) -> float:
 
 
 def table(work: Work, engines: list[str], links: Links) -> str:
-    """Tokens a second, that divided by one GPU's times the GPUs, and GiB a GPU; a line says where doubling ends."""
-    head = ["GPUs", *(f"{engine}: {what}" for engine in engines for what in ("tokens/s", "efficiency", "GiB a GPU"))]
+    """Tokens a second, that divided by one GPU's times the GPUs, and GiB per GPU; a line says where doubling ends."""
+    head = ["GPUs", *(f"{engine}: {what}" for engine in engines for what in ("tokens/s", "efficiency", "GiB per GPU"))]
     lines = [head, ["---:"] * len(head)]
     one = work.sequence_ms
     last = dict.fromkeys(engines, 1)

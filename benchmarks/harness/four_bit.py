@@ -17,7 +17,7 @@ from .peers import OURS, Peer, installed
 from .problem import Shape, Weights
 
 WEIGHT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes a weight: half of one, and of 64 weights a byte of absmax, of which 256 have an fp32 number."""
+"""Bytes per weight: half a byte, for every 64 weights a byte of absmax, and for every 256 of those an fp32 number."""
 
 
 class Packed(NamedTuple):

@@ -23,7 +23,7 @@ SORT = "torch.sort + histc"
 
 
 def sort_and_histc(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Order, rows an expert, end of each expert's rows."""
+    """Order, rows per expert, end of each expert's rows."""
     ids, order = torch.sort(top_k_index.reshape(-1))
     ids = ids.int() if ids.is_cuda else ids.float()  # histc takes no integers on a CPU
     m_sizes = torch.histc(ids, bins=experts, min=0, max=experts - 1)

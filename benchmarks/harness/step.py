@@ -133,7 +133,7 @@ def write(result: dict, folder: Path, name: str) -> None:
     ]
     lines += [f"{result['environment']['device']}, torch {result['environment']['torch']}", ""]
     lines += [
-        "| tokens | ms a step | tokens a second | peak GiB | reserved GiB | planned GiB | first step, s |",
+        "| tokens | ms per step | tokens a second | peak GiB | reserved GiB | planned GiB | first step, s |",
         "|---|---|---|---|---|---|---|",
     ]
     for run in result["runs"]:

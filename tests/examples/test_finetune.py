@@ -104,7 +104,7 @@ def test_trl_trains_with_the_routers_loss(finetune, text, whole, tmp_path, trito
     assert after < before - 0.5
     history = json.loads((tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     aux_losses = [entry["aux_loss"] for entry in history if "aux_loss" in entry]
-    assert len(aux_losses) == 4 and all(4 <= loss < 8 for loss in aux_losses)  # k experts a token: k if balanced
+    assert len(aux_losses) == 4 and all(4 <= loss < 8 for loss in aux_losses)  # k experts per token: k if balanced
 
 
 @pytest.mark.gpu
@@ -168,7 +168,7 @@ def test_bad_text_is_named_before_training(finetune, whole, tmp_path, name, cont
 def test_a_run_that_does_not_fit_is_told_so_before_it_starts(finetune, whole, text, tmp_path):
     arguments = ("--model", whole / "small-qwen3-moe", "--dataset", text, "--output", tmp_path)
     printed = finetune(*arguments, "--gpu-memory", "0.5", code=1)
-    assert "4096 tokens a sequence: does not fit in 0.5 GiB." in printed
+    assert "4096 tokens per sequence: does not fit in 0.5 GiB." in printed
     assert "The run does not fit: lower --seq-len, --batch-size or --expert-rank." in printed
     assert not list(tmp_path.iterdir())
 

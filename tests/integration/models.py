@@ -66,7 +66,7 @@ def tokens(batch: int = 2, length: int = 13, device: str = "cpu") -> Tensor:
 
 
 def random_routing(rows: int, experts: int = 8, k: int = 2) -> tuple[Tensor, Tensor]:
-    """(top_k_index, top_k_weights) as a router gives them: k different experts a row."""
+    """(top_k_index, top_k_weights) as a router gives them: k different experts per row."""
     weights, index = torch.rand(rows, experts).softmax(-1).topk(k)
     return index, weights
 

@@ -40,7 +40,7 @@ def assert_no_further_from_fp64(
     """Compares the errors of ``models`` models' results with those of their stock twins, pooled; ``record`` gets both.
 
     Two correct models round differently, and the fewer numbers there are the more chance decides whose error is
-    larger: with four models of three tokens a row, one in eight comparisons of the routers' gradients.
+    larger: with four models of three tokens per row, one in eight comparisons of the routers' gradients.
     """
     squares = {}
     for _ in range(models):
@@ -58,7 +58,7 @@ def assert_no_further_from_fp64(
     for kind, pair in squares.items():
         ours, theirs = pair.sqrt().tolist()
         record(f"error of {kind}, kernel and stock", (ours, theirs))
-        print(f"{length} tokens a row, {kind}: error {ours:.3e} with the kernel, {theirs:.3e} in stock")
+        print(f"{length} tokens per row, {kind}: error {ours:.3e} with the kernel, {theirs:.3e} in stock")
         assert 0 < ours <= 1.05 * theirs, kind
 
 

@@ -186,7 +186,7 @@ def test_the_command_reads_the_config_alone(tmp_path, capsys):
     command = ["plan", "--model", str(tmp_path), "--seq-len", "128"]
     assert main([*command, "--gpu-memory", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("weights") and lines[-2] == "128 tokens a sequence: fits in 1 GiB."
+    assert lines[0].startswith("weights") and lines[-2] == "128 tokens per sequence: fits in 1 GiB."
     assert main([*command, "--gpu-memory", "0.5"]) == 0
     out = capsys.readouterr().out
     assert "does not fit" in out and "No sequence fits" in out

@@ -69,7 +69,7 @@ class ExpertsInputs(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Problem(Drawn):
-    """An experts layer: T tokens, k experts a token, E experts, H hidden, I intermediate."""
+    """An experts layer: T tokens, k experts per token, E experts, H hidden, I intermediate."""
 
     T: int = 32
     k: int = 2

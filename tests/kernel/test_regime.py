@@ -35,7 +35,7 @@ def test_many_rows_are_worth_decoding_for(kernel, regime, byte_permute):
     few, many = (regime.regime(rows, weights, torch.bfloat16, CPU) for rows in (1, 10**5))
     assert (few, many) == ("fast" if byte_permute else "plain", "dequantize")
     in_fp32 = regime.regime(1, weights, torch.float32, CPU)
-    assert in_fp32 == ("dequantize" if byte_permute else "plain"), "the fast way multiplies 16-bit numbers"
+    assert in_fp32 == ("dequantize" if byte_permute else "plain"), "the fast path multiplies 16-bit numbers"
 
 
 @pytest.mark.parametrize("quantization", [dict(blocksize=256), dict(blocksize=4096)], ids=str)
@@ -67,8 +67,8 @@ def test_tiles_divide_what_the_fast_way_cannot_mask(kernel, regime, byte_permute
     """The summed dimension; transposed, the columns too; and 64 columns where a permutation is within them."""
     gate_up, down = stack(kernel, 2, 2 * 384, 640), stack(kernel, 2, 640, 384)
     plan = regime.plan(2 * rows, gate_up, down, torch.bfloat16, CPU, kernel_tiling(kernel), backward)
-    assert plan.way in ("fast", "plain", "dequantize")
-    if plan.way == "dequantize":
+    assert plan.path in ("fast", "plain", "dequantize")
+    if plan.path == "dequantize":
         return
     sizes = ((384, 640), (640, 768)) if backward else ((384, 640), (640, 384))
     for tile, (n, k) in zip((plan.first, plan.second), sizes):

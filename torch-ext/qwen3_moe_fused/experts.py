@@ -6,13 +6,13 @@ Forward, four launches:
 
     routing    top_k_index                  -> order, m_sizes, tiles
     gate_up    hidden_states rows, gathered -> pre_activation (S, 2I), kept only for backward; intermediate (S, I)
-    down       intermediate                 -> one row a slot (S, H)
+    down       intermediate                 -> one row per slot (S, H)
     combine    slots, top_k_weights         -> out (T, H), each token's k slots added in fp32 in a fixed order
 
 Backward with frozen experts, three launches; trained experts add one reduction each:
 
     down_backward     grad_output rows, gathered -> grad of pre_activation (S, 2I), parts of that of top_k_weights
-    linear            grad of pre_activation     -> one row a slot (S, H)
+    linear            grad of pre_activation     -> one row per slot (S, H)
     combine_backward  slots, parts               -> grad of hidden_states (T, H) and of top_k_weights (T, k)
     weight_grad       an expert's rows           -> grad of gate_up_proj, of down_proj
 

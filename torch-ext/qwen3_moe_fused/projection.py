@@ -23,7 +23,7 @@ class FourBitWeight(NamedTuple):
     nested_absmax, nested_code, nested_offset: (nested blocks,), (256,) and () fp32 when absmax is quantized:
         ``nested_code[absmax] * nested_absmax + nested_offset``; None otherwise.
     shape: (E, N, K).
-    blocksize, nested_blocksize: weights a scale; scales a nested scale, 0 without nesting.
+    blocksize, nested_blocksize: weights per scale; scales per nested scale, 0 without nesting.
     quant_type: "nf4" or "fp4".
     dtype: of the weights before they were packed, and by default of ``dequantize``; products are in that of the tokens.
     """
@@ -174,7 +174,7 @@ def check_four_bit(name: str, weight: FourBitWeight) -> None:
         raise ValueError(f"{name}.blocksize must be even and positive, got {weight.blocksize}")
     experts, n, k = weight.shape
     if k % 2:
-        raise ValueError(f"{name}.shape must have an even last dimension, two weights a byte, got {weight.shape}")
+        raise ValueError(f"{name}.shape must have an even last dimension, two weights per byte, got {weight.shape}")
     check_device(f"{name}.packed", weight.packed)
     nested, device = weight.nested_blocksize != 0, weight.packed.device
     blocks = -(-experts * n * k // weight.blocksize)

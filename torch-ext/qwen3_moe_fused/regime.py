@@ -1,4 +1,4 @@
-"""How 4-bit experts are multiplied: which way, and in which tiles.
+"""How 4-bit experts are multiplied: by which path, and in which tiles.
 
     plain        decoded tile by tile in mature Triton; any card, any of the formats
     fast         decoded where NVIDIA's tensor cores read it, see ``kernels.four_bit_fast``
@@ -6,7 +6,7 @@
 
 and a fourth, ``kernels.gemv``, for the few slots of a step of generation. All read an expert's weights at least once,
 so with few rows the first two win by the memory they do not touch, and with many the third, which decodes each weight
-once instead of once a tile of rows.
+once instead of once per tile of rows.
 """
 
 import functools
@@ -19,15 +19,15 @@ from .projection import FourBitWeight, Projection, Weight
 from .tiling import Tile, Tiling, cdiv
 
 FAST_ROWS = 1200
-"""Rows an expert up to which the fast way beats dequantizing. Forward and backward on an H100, ms: at 768 rows 2.51 and
-2.95 against 2.70 and 3.17, at 1024 3.12 and 3.91 against 3.29 and 4.00, and there the fast way grows faster."""
+"""Rows per expert up to which the fast path beats dequantizing. Forward and backward on an H100, ms: at 768 rows 2.51
+and 2.95 against 2.70 and 3.17, at 1024 3.12 and 3.91 against 3.29 and 4.00, and there the fast path grows faster."""
 
 PLAIN_ROWS = 40
-"""The same for the plain way where dequantizing has no byte permutes either: 1.69 against 2.05 ms at 32 rows, 2.65
-against 2.10 at 64. With them, dequantizing takes a third of that time, and plain lost from one row an expert on."""
+"""The same for the plain path where dequantizing has no byte permutes either: 1.69 against 2.05 ms at 32 rows, 2.65
+against 2.10 at 64. With them, dequantizing takes a third of that time, and plain lost from one row per expert on."""
 
 PERMUTE_ROWS = 6
-"""Rows an expert from which a permuted copy of the tokens (4 us) costs less than permuting them as they are loaded."""
+"""Rows per expert from which a permuted copy of the tokens (4 us) costs less than permuting them as they are loaded."""
 
 GEMV_SLOTS = 24
 """Slots up to which each is multiplied on its own. In a CUDA graph on an H100, ms for 8, 16 and 32 slots: 0.028, 0.047
@@ -41,14 +41,14 @@ expert the larger makes the layer at least 15 % faster (1.05 against 1.30 ms at 
 
 
 class Plan(NamedTuple):
-    """One direction of the layer: the way its weights go, rows a tile, and the tiles of its two products.
+    """One direction of the layer: the path its weights take, rows per tile, and the tiles of its two products.
 
     Forward, first is gate_up and second is down; backward, first is down_backward and second the gradient of
     hidden_states. ``permute`` has the columns of what they read permuted beforehand, see ``four_bit_fast``;
     ``scratch`` is how many bytes may be decoded at a time.
     """
 
-    way: str
+    path: str
     block_m: int
     first: Tile
     second: Tile
@@ -62,21 +62,21 @@ def plan(
 ) -> Plan:  # fmt: skip
     """The plan for ``slots`` rows of all experts together; ``dense`` is the tiling for dense weights."""
     rows = cdiv(slots, gate_up_proj.shape[0])
-    way = regime(rows, (gate_up_proj, down_proj), dtype, device)
-    if way in ("dense", "dequantize"):
+    path = regime(rows, (gate_up_proj, down_proj), dtype, device)
+    if path in ("dense", "dequantize"):
         first = dense.down_backward if backward else dense.gate_up
         scratch = LARGE_SCRATCH if rows <= LARGE_SCRATCH_ROWS else SCRATCH
-        return Plan(way, dense.block_m, first, dense.linear, False, scratch)
-    block_m, first, second = _tiles(way, rows, down_proj.shape[2], gate_up_proj.shape[2], backward)
+        return Plan(path, dense.block_m, first, dense.linear, False, scratch)
+    block_m, first, second = _tiles(path, rows, down_proj.shape[2], gate_up_proj.shape[2], backward)
     both = isinstance(gate_up_proj, FourBitWeight) and isinstance(down_proj, FourBitWeight)
-    permute = way == "fast" and both and not backward and rows >= PERMUTE_ROWS
-    return Plan(way, block_m, first, second, permute, 0)
+    permute = path == "fast" and both and not backward and rows >= PERMUTE_ROWS
+    return Plan(path, block_m, first, second, permute, 0)
 
 
 @functools.lru_cache(maxsize=1024)  # of rows there may be as many as there are lengths of batches
-def _tiles(way: str, rows: int, intermediate: int, hidden: int, backward: bool) -> Tuple[int, Tile, Tile]:
-    """Rows a tile, first and second. Kept, for the host takes 5 us to find them."""
-    table = _PLAIN if way == "plain" else _FAST_BACKWARD if backward else _FAST
+def _tiles(path: str, rows: int, intermediate: int, hidden: int, backward: bool) -> Tuple[int, Tile, Tile]:
+    """Rows per tile, first and second. Kept, for the host takes 5 us to find them."""
+    table = _PLAIN if path == "plain" else _FAST_BACKWARD if backward else _FAST
     block_m, first, second = table[max((least for least in table if least <= rows), default=min(table))]
     if backward:
         first, second = _whole(first, intermediate), _whole(second, hidden)
@@ -84,10 +84,10 @@ def _tiles(way: str, rows: int, intermediate: int, hidden: int, backward: bool) 
 
 
 def regime(rows: int, weights: Tuple[Weight, ...], dtype: torch.dtype, device: torch.device) -> str:
-    """``dense`` if no weight is in 4 bit, else the fastest way that can take those that are.
+    """``dense`` if no weight is in 4 bit, else the fastest path that can take those that are.
 
     Args:
-        rows: rows an expert, on average: what a launch can know without waiting for the device.
+        rows: rows per expert, on average: what a launch can know without waiting for the device.
         weights: the projections' weights, (E, N, K) each.
         dtype, device: of the tokens.
     """
@@ -137,7 +137,7 @@ def has_byte_permute(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-# (rows a tile, first, second) by rows an expert; see ``Tile``. Low tiles wait for weights, so they are deep; higher
+# (rows per tile, first, second) by rows per expert; see ``Tile``. Low tiles wait for weights, so they are deep; higher
 # ones decode as little as registers allow. Shared memory stays below the 99 KB of consumer cards.
 def _entry(block_m: int, first: Tuple, second: Tuple) -> Tuple[int, Tile, Tile]:
     return block_m, Tile(*first), Tile(*second)

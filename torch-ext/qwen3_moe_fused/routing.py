@@ -7,7 +7,7 @@ of work of every grouped kernel. All shapes follow from (T, k, E) alone, so the 
 | name      | shape                      | meaning                                                        |
 |-----------|----------------------------|----------------------------------------------------------------|
 | order     | (S,)                       | the slot at each sorted row; slots of an expert keep their order |
-| m_sizes   | (E,)                       | rows an expert                                                 |
+| m_sizes   | (E,)                       | rows per expert                                                |
 | offsets   | (E+1,)                     | first row of each expert; ``offsets[E]`` rows in all            |
 | tiles     | (S // block_m + E + 1, 3)  | (expert, first row, end of the expert's rows); unused: expert -1 |
 """
@@ -37,7 +37,7 @@ def routing(top_k_index: torch.Tensor, num_experts: int, block_m: int = 128) -> 
         top_k_index: (T, k) int32 or int64, values in [0, E]. E marks a slot to skip (under expert parallelism, an
             expert of another rank): such slots stand behind the last expert in ``order`` and belong to no tile.
         num_experts: E.
-        block_m: rows a tile, a power of two of at least 16.
+        block_m: rows per tile, a power of two of at least 16.
 
     Returns:
         :class:`Routing`.

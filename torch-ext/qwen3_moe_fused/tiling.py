@@ -1,6 +1,6 @@
 """Tile choice: how large a piece of a grouped product one program computes.
 
-The choice follows from rows an expert (rounded up to a power of two), dtype and card. ``configs/`` holds tuned
+The choice follows from rows per expert (rounded up to a power of two), dtype and card. ``configs/`` holds tuned
 tables, one JSON a card, made by ``tune.py``; a card without one takes the table of its kind below. What a card's
 shared memory cannot hold is cut down before a launch, never tried.
 """
@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's tile: BLOCK_N output columns, BLOCK_K of the summed dimension a step."""
+    """One kernel's tile: BLOCK_N output columns, BLOCK_K of the summed dimension per step."""
 
     block_n: int
     block_k: int
@@ -40,7 +40,7 @@ def _narrowed(tile: Tile, n: int, k: int) -> Tile:
 class Tiling:
     """The tiles of all kernels of one layer.
 
-    block_m: rows a tile of the grouped kernels, shared so that they read one tile table.
+    block_m: rows per tile of the grouped kernels, shared so that they read one tile table.
     gate_up: block_n gate columns and as many up columns.
     linear, down_backward: as named.
     weight_grad: a (block_n, block_k) block of the gradient; weight_grad_block_m rows are summed a step.
@@ -61,7 +61,7 @@ def _tiling(block_m, gate_up, linear, down_backward, weight_grad_block_m, weight
 
 
 # Few rows: reading weights is all the time, so tiles are low and deep. Many rows: tiles as large as registers allow.
-# Keys are rows an expert; the last entry not above the asked number counts.
+# Keys are rows per expert; the last entry not above the asked number counts.
 _LARGE_SHARED_MEMORY = {  # 227 KB: sm_90, sm_100
     1: _tiling(16, (64, 128, 4, 3), (128, 128, 4, 3), (64, 128, 4, 3), 16, (128, 128, 8, 3)),
     32: _tiling(64, (64, 64, 4, 4), (128, 64, 4, 4), (128, 64, 4, 4), 32, (128, 128, 8, 3)),
@@ -84,7 +84,7 @@ class Narrow:
     """The tiles of an adapter's own kernels, see ``kernels.lora``. They are thin and wait for memory, so what counts
     is how many bytes are on their way: several programs share a multiprocessor, each a few stages deep.
 
-    low_rank: at most block_n columns of R, block_k of the summed dimension a step; ``rows`` rows a program.
+    low_rank: at most block_n columns of R, block_k of the summed dimension per step; ``rows`` rows per program.
     factor_grads: at most block_n columns of R and block_k of the factor's other dimension; grad_rows are summed a step.
     """
 

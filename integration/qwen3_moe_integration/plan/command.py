@@ -13,7 +13,7 @@ HELP = "estimate the memory of a training step"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id; only its config.json is read")
-    parser.add_argument("--seq-len", type=int, default=Step.seq_len, help="tokens a sequence (default: %(default)s)")
+    parser.add_argument("--seq-len", type=int, default=Step.seq_len, help="tokens per sequence (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=Step.batch_size)
     parser.add_argument("--rank", type=int, default=Step.rank, help="of the LoRA on attention; 0 for none")
     parser.add_argument("--expert-rank", type=int, help="of the LoRA on every expert; 0 for none (default: --rank)")

@@ -29,7 +29,7 @@ LOSS_CHUNK = 16
 """Liger's chunk_mem_const as the examples set it: logits may take so many times what hidden states take."""
 FAST_ROWS, PLAIN_ROWS = 1200, 40
 SCRATCH, LARGE_SCRATCH, LARGE_SCRATCH_ROWS = 64 * 2**20, 511 * 2**20, 256
-"""As in the kernel's regime.py: up to how many rows an expert 4-bit weights are decoded in registers, and how much of
+"""As in the kernel's regime.py: up to how many rows per expert 4-bit weights are decoded in registers, and how much of
 them is decoded at a time where they are not."""
 HALF, SINGLE = 2, 4
 FOUR_BIT_BLOCK, NESTED_BLOCK = 64, 256

@@ -28,7 +28,7 @@ class Plan:
         rows = [f"{name:18s}{size / GIB:8.2f} GiB" for name, size in self.parts.items()]
         verdict = "fits" if self.fits else "does not fit"
         rows += ["-" * 30, f"{'peak':18s}{self.peak / GIB:8.2f} GiB"]
-        rows += [f"{self.step.seq_len} tokens a sequence: {verdict} in {self.memory / GIB:g} GiB."]
+        rows += [f"{self.step.seq_len} tokens per sequence: {verdict} in {self.memory / GIB:g} GiB."]
         if self.longest:
             rows += [f"The longest sequence that fits has {self.longest} tokens."]
         else:

@@ -23,7 +23,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             also of a single projection (``"experts.down_proj"``).
         bnb_4bit_compute_dtype: bf16, fp16 or fp32, in which products are computed.
         bnb_4bit_quant_type: "nf4" or "fp4".
-        bnb_4bit_use_double_quant: also quantize the scales: 0.4 bit a weight less.
+        bnb_4bit_use_double_quant: also quantize the scales: 0.4 bit per weight less.
         bnb_4bit_quant_storage: dtype that the packed weights are kept as; FSDP wants that of the other weights.
         experts_blocksize: weights of an expert that share a scale, a power of 2 from 32 to 4096; linear layers have the
             64 of bitsandbytes. Where a block does not end with a row of an expert, a slower path multiplies.

@@ -1,6 +1,6 @@
 """A stack of expert matrices (E, N, K) as one ``Params4bit`` of bitsandbytes.
 
-bitsandbytes packs a tensor flat: two weights a byte, and one ``absmax`` for each ``blocksize`` consecutive weights.
+bitsandbytes packs a tensor flat: two weights per byte, and one ``absmax`` for each ``blocksize`` consecutive weights.
 So a stack is its experts one after another, and can be made of them one at a time. Only the second quantization, of
 the ``absmax`` themselves, looks at the whole stack: it subtracts their mean.
 

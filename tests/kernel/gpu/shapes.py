@@ -11,7 +11,7 @@ ODD = Problem(T=50, k=3, E=7, H=77, I=45)
 """No dimension is a multiple of anything; no row but the first is aligned."""
 
 DEEP = Problem(T=520, k=4, E=8, H=256, I=192)
-"""Enough rows an expert for the largest tiles."""
+"""Enough rows per expert for the largest tiles."""
 
 ODD_LINEAR = LinearProblem(M=90, N=45, K=77, E=7)
 

@@ -16,7 +16,7 @@ QUANTIZATIONS = [
     (Quantization("fp4", nested=False, blocksize=128), torch.float16),
 ]
 SIZES = dict(k=2, E=8, H=256, I=384)
-PROBLEMS = [  # so many rows an expert that each entry of the tables is used
+PROBLEMS = [  # so many rows per expert that each entry of the tables is used
     Problem(T=7, **SIZES),
     Problem(T=33, **SIZES, imbalance="some_skipped"),
     Problem(T=120, **SIZES),

@@ -17,7 +17,7 @@ PROBLEMS = [
     Problem(T=1, k=4),
     Problem(T=0),
     Problem(T=9, H=64, I=64),  # no ragged block
-    Problem(T=400, k=1, E=2, H=17, I=17),  # enough rows an expert for the largest tiles
+    Problem(T=400, k=1, E=2, H=17, I=17),  # enough rows per expert for the largest tiles
 ]
 
 

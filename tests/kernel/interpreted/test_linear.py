@@ -16,7 +16,7 @@ PROBLEMS = [
     LinearProblem(M=0),
     LinearProblem(N=0),
     LinearProblem(K=0),
-    LinearProblem(M=400, E=2, N=17, K=17),  # enough rows an expert for the largest tiles
+    LinearProblem(M=400, E=2, N=17, K=17),  # enough rows per expert for the largest tiles
 ]
 
 

@@ -36,7 +36,7 @@ def test_the_layer_and_its_gradients_are_the_oracles(triton_kernel, dtype, adapt
         Problem(T=0),
         Problem(imbalance="all_skipped"),
         Problem(T=24, H=64, I=64, imbalance="some_empty"),  # no ragged block
-        Problem(T=140, k=1, E=1, H=17, I=17),  # enough rows an expert for the largest tiles
+        Problem(T=140, k=1, E=1, H=17, I=17),  # enough rows per expert for the largest tiles
     ],
     ids=repr,
 )

@@ -1,7 +1,7 @@
 """Combine: the weighted sum of each token's k slots.
 
 out[t] = sum_j top_k_weights[t, j] * slots[t * k + j], in fp32, j ascending, rounded once. The projection before it
-writes one row a slot instead of adding atomically, so the sum has a fixed order and reruns are bit-identical.
+writes one row per slot instead of adding atomically, so the sum has a fixed order and reruns are bit-identical.
 """
 
 from typing import Optional, Tuple

@@ -21,7 +21,7 @@ from .launch import launch
 from .nibbles import decode_exact
 
 Tensor = torch.Tensor
-BLOCK = 1024  # bytes or words a program
+BLOCK = 1024  # bytes or words per program
 
 
 @triton.jit

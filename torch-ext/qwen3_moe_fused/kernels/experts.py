@@ -70,7 +70,7 @@ def experts_forward(
     gate_up_adapter, down_adapter = adapters(gate_up_projection, down_projection, dtype, seed, k, order, tiles, block_m)
     added = gate_up_adapter and gate_up_adapter.forward_addition(hidden_states, by_token=True)
     keep_tiles = save and plan(slots, gate_up_proj, down_proj, dtype, device, dense, backward=True).block_m == block_m
-    if chosen.way == "fast":
+    if chosen.path == "fast":
         gate_up_proj, down_proj = fast_weights((gate_up_proj, down_proj if result else None), m_sizes, dtype, permute)
     tokens = permuted(hidden_states) if permute else hidden_states
     intermediate, out_slots = hidden_states.new_empty(slots, width), hidden_states.new_empty(slots, hidden)
@@ -120,7 +120,7 @@ def experts_backward(
     offsets, tiles = table or tile_table(m_sizes, slots, block_m, rest=-1)
 
     gate_up_adapter, down_adapter = adapters(gate_up_projection, down_projection, dtype, seed, k, order, tiles, block_m)
-    if chosen.way == "fast":
+    if chosen.path == "fast":
         gate_up_proj, down_proj = fast_weights((gate_up_proj, down_proj), m_sizes, dtype)
     added = down_adapter and down_adapter.backward_addition(grad_output, by_token=True)
     weighted = hidden_states.new_empty(slots, width) if wanted.down_proj or wanted.down_A else None
@@ -197,7 +197,7 @@ def _parts(
     To be dequantized, it comes in runs of experts that share one scratch. ``spare`` is memory that nobody has written
     to yet, which serves as that if it holds more.
     """
-    if not isinstance(weight, FourBitWeight) or chosen.way == "plain":
+    if not isinstance(weight, FourBitWeight) or chosen.path == "plain":
         yield weight, 0
     else:
         experts, n, k = weight.shape

@@ -1,6 +1,6 @@
 """4-bit weights in plain Triton: how a tile of them is read, and their product with rows of a.
 
-bitsandbytes packs a stack (E, N, K) row-major and flat: two weights a byte, the even one in the high nibble, and one
+bitsandbytes packs a stack (E, N, K) row-major and flat: two weights per byte, the even one in the high nibble, and one
 ``absmax`` for each ``blocksize`` consecutive weights. A weight is ``code[nibble] * absmax``, in fp32, rounded once to
 the dtype of a: exactly what bitsandbytes' own dequantize gives. ``absmax`` may be quantized itself, a byte that 256
 values ``nested_code`` and one ``nested_absmax`` for each ``nested_blocksize`` bytes turn into a number; that happens

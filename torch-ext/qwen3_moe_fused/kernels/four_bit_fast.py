@@ -36,7 +36,7 @@ from .nibbles import FACTORS, decode_row, decode_two_rows, even_words
 
 Tensor = torch.Tensor
 
-SCALED_BLOCK = 64  # weights a prepared scale, whatever the stack's own blocksize
+SCALED_BLOCK = 64  # weights per prepared scale, whatever the stack's own blocksize
 TABLE = tl.constexpr(256)
 
 

@@ -29,7 +29,7 @@ def _products(
     x, w, row, K: tl.constexpr, stride_xk, R: tl.constexpr, WORDS: tl.constexpr, ASSEMBLY: tl.constexpr,
     BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
 ):  # fmt: skip
-    """w[row] @ x -> (R,) fp32, for rows numbered through the whole stack; WORDS of eight weights a step."""
+    """w[row] @ x -> (R,) fp32, for rows numbered through the whole stack; WORDS of eight weights per step."""
     RUNS: tl.constexpr = WORDS // 8
     acc = tl.zeros((R, RUNS), tl.float32)
     for first in tl.static_range(0, K // 8, WORDS):
@@ -84,7 +84,7 @@ def gemv(x: Tensor, weight: FourBitWeight, top_k_index: Tensor, out: Tensor, act
     """Fills out (S, N) with each slot's expert applied to its row of x.
 
     Args:
-        x: (T, K), one row a token, or (S, K), one a slot.
+        x: (T, K), one row per token, or (S, K), one per slot.
         weight: (E, N, K); with an activation (E, 2N, K), whose halves make act(gate) * up.
         top_k_index: (T, k), contiguous.
     """

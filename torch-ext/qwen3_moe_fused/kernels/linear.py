@@ -1,7 +1,7 @@
 """Grouped linear: out[row] = w[expert of row] @ a[row], for rows sorted by expert.
 
 Three uses: ``moe_fused_linear`` and its gradient (rows in, rows out), the down projection and the gradient of
-hidden_states (rows in, one row a slot out, so that ``combine`` can add a token's slots in a fixed order).
+hidden_states (rows in, one row per slot out, so that ``combine`` can add a token's slots in a fixed order).
 """
 
 from typing import Optional

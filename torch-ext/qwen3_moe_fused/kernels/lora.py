@@ -136,7 +136,7 @@ def drop_bound(dropout: float) -> int:
 
 
 def addition_operand(addition: Optional[Addition]) -> Tuple[Optional[AdditionPointers], Optional[Tuple]]:
-    """``addition`` and LORA as a projection's kernel takes them: rank, halves, columns a step, dropout, its stream."""
+    """``addition`` and LORA as a projection kernel takes them: rank, halves, columns per step, dropout, its stream."""
     if addition is None:
         return None, None
     low_rank, factor, seed, dropout, stream = addition

@@ -1,6 +1,6 @@
 """Routing: a stable counting sort of the slots by expert, and the tile table, in one launch.
 
-One program an expert. Each reads all S ids twice: once to count the slots before and of its own expert, once to
+One program per expert. Each reads all S ids twice: once to count the slots before and of its own expert, once to
 write them down. It needs nothing from its neighbours, so there is no second launch, no atomic and no order that
 could change between runs; the ids stay in L2, so that the E readings cost less than a launch.
 
