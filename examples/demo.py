@@ -10,7 +10,7 @@ import sys
 
 import finetune
 import torch
-from loading import DEVICE
+from kernelized import DEVICE
 from peft import PeftModel
 from torch import nn
 

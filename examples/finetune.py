@@ -22,7 +22,7 @@ from statistics import median
 import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
-from loading import DEVICE, load_model
+from kernelized import DEVICE, load_model
 from memory import collate_for_liger, plan_for, training_arguments
 from peft import LoraConfig, get_peft_model
 from plots import Clock, plot_losses, plot_throughput

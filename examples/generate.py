@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from loading import DEVICE, load_model
+from kernelized import DEVICE, load_model
 from peft import PeftModel
 from tiny_checkpoint import small_model
 from transformers import AutoTokenizer, TextStreamer

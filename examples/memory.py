@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 
 import torch
-from loading import DEVICE
+from kernelized import DEVICE
 from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator
 
 from qwen3_moe_integration.plan import Plan, Step, make_plan
