@@ -11,8 +11,8 @@ returns is copied in and out, and the rest is overwritten by the next. What they
 
 import functools
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Optional
 from weakref import WeakKeyDictionary
@@ -79,6 +79,7 @@ class GraphedCheckpoint:
             _warn_once(f"{type(layer).__name__} is checkpointed without CUDA graphs: {reason}")
             return checkpoint(function, hidden_states, *args, use_reentrant=False)
         if not way.tried:
+            self._warm_up(function, hidden_states, *args)
             output = checkpoint(function, hidden_states, *args, use_reentrant=False)
             if isinstance(output, Tensor) and _meta(output)[:3] == _meta(hidden_states)[:3]:
                 output.register_hook(way.was_tried)
@@ -98,6 +99,12 @@ class GraphedCheckpoint:
                 )
             known.append(way := _Way(call))
         return way
+
+    def _warm_up(self, function: functools.partial, hidden_states: Tensor, *args: Any) -> None:
+        """Compiles what forward runs when it keeps nothing for backward; leaves no trace in random numbers."""
+        generators = [hidden_states.device] if hidden_states.is_cuda else []
+        with torch.no_grad(), torch.random.fork_rng(generators), _uncached_autocast(hidden_states.device.type):
+            function(hidden_states, *args)
 
     def _device(self, device: torch.device) -> "_Device":
         if device not in self._devices:
@@ -247,10 +254,11 @@ class _Recording:
 
         def backward() -> None:
             state = self.state.detach().requires_grad_(hidden_states.requires_grad)
-            with torch.enable_grad(), _for_gradients(layer.__self__):
-                output = layer(state, *args, **keywords)
-            wanted = [*self.parameters, *([state] if wanted_too else [])]
-            grads = torch.autograd.grad(output, wanted, self.grad, allow_unused=True)
+            with torch.enable_grad(), _fresh(layer.__self__, self.parameters) as leaves:
+                with _for_gradients(layer.__self__):
+                    output = layer(state, *args, **keywords)
+                wanted = [*leaves, *([state] if wanted_too else [])]
+                grads = torch.autograd.grad(output, wanted, self.grad, allow_unused=True)
             self.used = [grad is not None for grad in grads[: len(self.parameters)]]
             pairs = [pair for pair in zip([*self.grads, *wanted_too], grads) if pair[1] is not None]
             torch._foreach_copy_(*map(list, zip(*pairs)))
@@ -276,6 +284,25 @@ def _uncached_autocast(kind: str) -> AbstractContextManager:
     if not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
+
+
+@contextmanager
+def _fresh(layer: nn.Module, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """New parameters in the place of these, with the same memory.
+
+    While an earlier forward waits for its backward, autograd has a node for each of its parameters, which belongs to
+    the stream of that forward: a recording on another stream cannot touch it.
+    """
+    fresh = {parameter: nn.Parameter(parameter.detach()) for parameter in parameters}
+    owners = [module._parameters for module in layer.modules()]
+    held = [(owner, name, each) for owner in owners for name, each in owner.items() if each is not None]
+    try:
+        for owner, name, parameter in held:
+            owner[name] = fresh.get(parameter, parameter)
+        yield list(fresh.values())
+    finally:
+        for owner, name, parameter in held:
+            owner[name] = parameter
 
 
 def _for_gradients(layer: nn.Module) -> AbstractContextManager:

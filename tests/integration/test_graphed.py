@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Optional
 
 import pytest
 import torch
@@ -72,16 +73,19 @@ def twins_of(kernel_dir, device: str, **changes) -> tuple[PeftModel, PeftModel]:
     return enable_graphed_checkpointing(model), usual
 
 
-def assert_same_steps(graphed_model: nn.Module, usual: nn.Module, batches: list[Tensor], rate: float = 0.1) -> None:
+def assert_same_steps(
+    graphed_model: nn.Module, usual: nn.Module, batches: list[Tensor], autocast: Optional[torch.dtype] = None
+) -> None:
     """Losses, gradients and weights are the same to the last bit through steps of training."""
     models = graphed_model, usual
     trained = [dict(trainable(model)) for model in models]
-    optimizers = [torch.optim.SGD(each.values(), lr=rate) for each in trained]
+    optimizers = [torch.optim.SGD(each.values(), lr=0.1) for each in trained]
     for number, batch in enumerate(batches):
         losses = []
         for model in models:
             torch.manual_seed(number)
-            loss = model(input_ids=batch, labels=batch).loss
+            with torch.autocast(batch.device.type, autocast, enabled=autocast is not None):
+                loss = model(input_ids=batch, labels=batch).loss
             loss.backward()
             losses.append(loss.detach())
         assert torch.equal(*losses), f"step {number}"
@@ -225,8 +229,7 @@ def test_an_adapter_switched_off_or_rescaled_changes_the_result(twins, device):
 
 def test_under_autocast(kernel_dir, device):
     model, usual = twins_of(kernel_dir, device)
-    with torch.autocast(device, torch.bfloat16):
-        assert_same_steps(model, usual, [tokens(device=device) for _ in range(4)])
+    assert_same_steps(model, usual, [tokens(device=device) for _ in range(4)], autocast=torch.bfloat16)
     assert recordings(model) == 2
     assert_same_steps(model, usual, [tokens(device=device) for _ in range(3)])
     assert recordings(model) == 4

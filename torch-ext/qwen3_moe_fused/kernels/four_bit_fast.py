@@ -259,15 +259,15 @@ def _pack_scales_kernel(
     # pointers
     w0, scales0, w1, scales1, m_sizes,
     # meta
-    STACK0: tl.constexpr, STACK1: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
+    STACKS: tl.constexpr, STACK0: tl.constexpr, STACK1: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(N, ROWS), E, stacks): fills the ``scales`` of ``FastPointers`` for one stack or, with w1, for two.
+    """Grid (cdiv(N, ROWS), E, STACKS): fills the ``scales`` of ``FastPointers`` for one stack or for two.
 
     Two 16-bit numbers are kept of which the sum is absmax / FACTOR. Experts without rows are left out.
     """
     if tl.program_id(2) == 0:
         _pack_stack(w0, scales0, m_sizes, STACK0, DTYPE, ROWS)
-    elif w1 is not None:
+    elif STACKS == 2:
         _pack_stack(w1, scales1, m_sizes, STACK1, DTYPE, ROWS)
 
 
@@ -318,5 +318,5 @@ def fast_weights(
         grid = (cdiv(max([stack[0] for stack in stacks]), rows), m_sizes.shape[0], count)
         if count == 1:
             pointers, stacks = [*pointers, None, None], [*stacks, None]
-        launch(_pack_scales_kernel, grid, 4, 1, (*pointers, m_sizes), (), *stacks, name, rows)
+        launch(_pack_scales_kernel, grid, 4, 1, (*pointers, m_sizes), (), count, *stacks, name, rows)
     return prepared
