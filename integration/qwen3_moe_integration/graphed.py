@@ -102,8 +102,8 @@ class GraphedCheckpoint:
 
     def _warm_up(self, function: functools.partial, hidden_states: Tensor, *args: Any) -> None:
         """Compiles what forward runs when it keeps nothing for backward; leaves no trace in random numbers."""
-        generators = [hidden_states.device] if hidden_states.is_cuda else []
-        with torch.no_grad(), torch.random.fork_rng(generators), _uncached_autocast(hidden_states.device.type):
+        generators, casts = [hidden_states.device] if hidden_states.is_cuda else [], _casts(hidden_states.device.type)
+        with torch.no_grad(), torch.random.fork_rng(generators), torch.autocast(**casts):
             function(hidden_states, *args)
 
     def _device(self, device: torch.device) -> "_Device":
@@ -248,24 +248,32 @@ class _Recording:
         args, keywords = pytree.tree_unflatten(self.values, tree)
         wanted_too = [self.grad] if hidden_states.requires_grad else []
 
+        casts = _casts(hidden_states.device.type)
+
+        def run(state: Tensor) -> Tensor:
+            with torch.autocast(**casts):
+                return layer(state, *args, **keywords)
+
         def forward() -> None:
             with torch.no_grad():
-                self.state.copy_(layer(self.state, *args, **keywords))
+                self.state.copy_(run(self.state))
 
         def backward() -> None:
             state = self.state.detach().requires_grad_(hidden_states.requires_grad)
             with torch.enable_grad(), _fresh(layer.__self__, self.parameters) as leaves:
                 with _for_gradients(layer.__self__):
-                    output = layer(state, *args, **keywords)
+                    output = run(state)
                 wanted = [*leaves, *([state] if wanted_too else [])]
-                grads = torch.autograd.grad(output, wanted, self.grad, allow_unused=True)
+                with torch.autocast(
+                    hidden_states.device.type, enabled=False
+                ):  # as loss.backward() is, which nobody calls within
+                    grads = torch.autograd.grad(output, wanted, self.grad, allow_unused=True)
             self.used = [grad is not None for grad in grads[: len(self.parameters)]]
             pairs = [pair for pair in zip([*self.grads, *wanted_too], grads) if pair[1] is not None]
             torch._foreach_copy_(*map(list, zip(*pairs)))
 
         try:
-            with _uncached_autocast(hidden_states.device.type):
-                self.forward, self.backward = device.record(forward), device.record(backward)
+            self.forward, self.backward = device.record(forward), device.record(backward)
         except Exception as error:
             raise RuntimeError(
                 f"{type(layer.__self__).__name__} could not be recorded as a CUDA graph, perhaps because it waits for "
@@ -279,11 +287,11 @@ class _Recording:
                 buffer.copy_(value)
 
 
-def _uncached_autocast(kind: str) -> AbstractContextManager:
-    """Casts kept from outside a graph, or from another one, would be of parameters as they were then."""
-    if not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
+def _casts(kind: str) -> dict[str, Any]:
+    """The autocast in force on a kind of device, but that it keeps no casts: they would be of parameters as they were when
+    a graph was recorded."""
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return {"device_type": kind, "enabled": enabled, "dtype": dtype, "cache_enabled": False}
 
 
 @contextmanager
