@@ -288,8 +288,8 @@ class _Recording:
 
 
 def _casts(kind: str) -> dict[str, Any]:
-    """The autocast in force on a kind of device, but that it keeps no casts: they would be of parameters as they were when
-    a graph was recorded."""
+    """The autocast in force on a kind of device, except that it keeps no casts: those would be of parameters as they
+    were when a graph was recorded."""
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return {"device_type": kind, "enabled": enabled, "dtype": dtype, "cache_enabled": False}
 
