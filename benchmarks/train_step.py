@@ -109,7 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     if options.profile:
         result["profile"] = profiled(step, token_ids(model, options.profile), device)
-    write(result, options.out, f"train_step-{options.layers}-layers{'-stock' if options.stock else ''}")
+    kind = ("-stock" if options.stock else "") + ("-graphs" if options.graphs else "")
+    write(result, options.out, f"train_step-{options.layers}-layers{kind}")
 
 
 if __name__ == "__main__":

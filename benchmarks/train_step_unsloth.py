@@ -28,6 +28,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", type=Path, help="folder of a built kernel (default: Unsloth's own experts)")
+    parser.add_argument("--graphs", action="store_true", help="with --kernel, checkpoint each layer by CUDA graphs")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     parser.add_argument("--checkpoints", type=Path, default=Path("outputs/checkpoints"))
     parser.add_argument("--layers", type=int, default=8)
@@ -36,7 +37,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="steps of each length, the first three not counted")
     parser.add_argument("--profile", type=int, metavar="TOKENS", help="profile steps of this length too")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: tries this script")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.graphs and not options.kernel:
+        parser.error("--graphs wants --kernel")
+    return options
 
 
 def checkpoint(options: argparse.Namespace) -> Path:
@@ -86,9 +90,11 @@ def build(options: argparse.Namespace, folder: Path) -> torch.nn.Module:
     )
     if options.kernel:
         # Imported before, it would wrap the experts itself, and they could run on nothing but the kernel.
-        from qwen3_moe_integration import KernelSource, kernelize_model
+        from qwen3_moe_integration import KernelSource, enable_graphed_checkpointing, kernelize_model
 
         kernelize_model(model, "training", KernelSource(path=options.kernel))
+        if options.graphs:
+            enable_graphed_checkpointing(model)
     return model.train()
 
 
@@ -116,7 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     if options.profile:
         result["profile"] = profiled(step, token_ids(model, options.profile), device)
-    write(result, options.out, f"train_step-{options.layers}-layers-unsloth{'-kernel' if options.kernel else ''}")
+    kind = ("-kernel" if options.kernel else "") + ("-graphs" if options.graphs else "")
+    write(result, options.out, f"train_step-{options.layers}-layers-unsloth{kind}")
 
 
 if __name__ == "__main__":

@@ -120,9 +120,9 @@ _result_is_wanted: ContextVar[bool] = ContextVar("result_is_wanted", default=Tru
 def for_gradients() -> Iterator[None]:
     """Inside, layers are computed a second time for the sake of their gradients, as gradient checkpointing does.
 
-    What backward reads is computed. The down projection, whose result backward does not read, is skipped: what
-    :func:`fused_experts` returns has the right shape and undefined values. This is for callers none of whose gradients
-    read it either, as in a decoder layer that ends by adding it to the residual.
+    What backward reads is computed. The result of :func:`fused_experts`, which it does not read, is NaN: the down
+    projection is saved. This is for callers none of whose gradients read it either, as in a decoder layer that ends by
+    adding it to the residual.
     """
     before = _result_is_wanted.set(False)
     try:

@@ -87,7 +87,7 @@ def experts_forward(
             linear_tiles(intermediate, weight, tiles, block_m, tile, out_slots, order, added_down, expert)
         out = combine(out_slots, top_k_weights, top_k_index, experts)
     else:
-        out = torch.empty_like(hidden_states)
+        out = torch.full_like(hidden_states, torch.nan)  # whoever reads it shall notice
     if not save:
         return out, *UNSAVED
     low_rank = (added and added.low_rank, added_down and added_down.low_rank)
