@@ -6,15 +6,16 @@ own, which is nobody's here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import ModuleType
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, silu
 
 from .peers import OURS, Peer, installed
-from .problem import Shape, Weights
+from .problem import Layer, Shape, Weights
 
 WEIGHT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes per weight: half a byte, for every 64 weights a byte of absmax, and for every 256 of those an fp32 number."""
@@ -71,17 +72,69 @@ def dequantize_and_grouped_mm(packed: Packed, shape: Shape) -> Peer:
             stack = bnb.functional.dequantize_4bit(ctx.parameter.data, ctx.parameter.quant_state)
             return grouped_mm(grad.contiguous(), stack, offs=ctx.ends), None, None
 
+    def last_rows(experts):
+        rows = torch.histc(experts.float(), bins=shape.experts, min=0, max=shape.experts - 1)
+        return rows.cumsum(0).to(torch.int32)
+
+    layer = layer_of(Product.apply, packed, last_rows, shape.top_k)
+    return Peer("bitsandbytes dequantize + grouped_mm", layer, installed("bitsandbytes"))
+
+
+def grouped_nf4_gemm(way: str, packed: Packed, shape: Shape) -> Peer:
+    """grouped-nf4-gemm from PyPI; ``way`` is "fused", its kernels that decode within a product, or "auto", what it
+    chooses for training on this card."""
+    from nf4_grouped import dgrad_4bit_grouped, gemm_4bit_grouped, repack_from_bnb
+    from nf4_qlora import gemm_4bit_grouped_train
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, *arguments):
+            ctx.arguments = arguments
+            return gemm_4bit_grouped(x, *arguments)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return dgrad_4bit_grouped(grad.contiguous(), *ctx.arguments), None, None, None, None
+
+    def repacked(parameter):
+        experts, n, k = parameter.quant_state.shape
+        data, absmax = repack_from_bnb([parameter.data], [parameter.quant_state], experts * n, k)
+        return data.view(experts, n, -1), absmax.view(experts, n, -1)
+
+    def present(experts):
+        """It wants the number of rows on the host, and no expert without any."""
+        ids, rows = experts.unique(return_counts=True)
+        return rows.tolist(), ids.tolist()
+
+    multiply = {"fused": Fused.apply, "auto": gemm_4bit_grouped_train}[way]
+    layer = layer_of(
+        lambda x, weight, groups: multiply(x, *weight, *groups), map(repacked, packed), present, shape.top_k
+    )
+    return Peer(
+        f"grouped-nf4-gemm {way}",
+        layer,
+        installed("grouped-nf4-gemm"),
+        host_waits="it takes each expert's number of rows from the host",
+    )
+
+
+def layer_of(multiply: Callable, weights: Iterable, groups: Callable[[Tensor], Any], top_k: int) -> Layer:
+    """The layer around a peer's grouped product ``multiply(x, weight, groups(experts))``.
+
+    The rows of x (T*k, K) are sorted by expert; ``experts`` (T*k,) are not.
+    """
+    gate_up_proj, down_proj = weights
+
     def layer(hidden_states, top_k_index, top_k_weights):
         experts = top_k_index.reshape(-1)
         order = experts.argsort()
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        rows = torch.histc(experts.float(), bins=shape.experts, min=0, max=shape.experts - 1)
-        ends = rows.cumsum(0).to(torch.int32)
-        gate, up = Product.apply(hidden_states[order // shape.top_k], packed.gate_up_proj, ends).chunk(2, dim=-1)
-        out = Product.apply(silu(gate) * up, packed.down_proj, ends) * top_k_weights.reshape(-1)[order, None]
+        grouped = groups(experts)
+        gate, up = multiply(hidden_states[order // top_k], gate_up_proj, grouped).chunk(2, dim=-1)
+        out = multiply(silu(gate) * up, down_proj, grouped) * top_k_weights.reshape(-1)[order, None]
         return out[back].view(*top_k_index.shape, -1).sum(1)
 
-    return Peer("bitsandbytes dequantize + grouped_mm", layer, installed("bitsandbytes"))
+    return layer
 
 
 def loaders(kernel: Callable[[], ModuleType], shape: Shape, packed: Packed) -> dict[str, Callable[[], Peer]]:
@@ -89,7 +142,9 @@ def loaders(kernel: Callable[[], ModuleType], shape: Shape, packed: Packed) -> d
     return {
         "ours": lambda: ours(kernel(), packed),
         "dequantize": lambda: dequantize_and_grouped_mm(packed, shape),
+        "nf4_fused": lambda: grouped_nf4_gemm("fused", packed, shape),
+        "nf4_auto": lambda: grouped_nf4_gemm("auto", packed, shape),
     }
 
 
-PEERS = ("ours", "dequantize")
+PEERS = ("ours", "dequantize", "nf4_fused", "nf4_auto")

@@ -1,9 +1,12 @@
 """The comparison itself: its reference is right, it times what it says, and no bad result gets a time."""
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import bitsandbytes as bnb
 import compare
 import plot
 import profile_layer
@@ -174,6 +177,45 @@ def test_weights_in_4_bit_are_judged_as_they_were_packed(kernel_dir, tmp_path):
     }
     for record in records:
         assert record["call_ms"] and max(record["errors"].values()) < 0.01, "quantizing itself has an error of 0.09"
+
+
+def test_grouped_nf4_gemm_is_called_as_its_contract_says(monkeypatch, tmp_path, kernel_dir):
+    """Its kernels need a GPU: these compute what its documentation promises, from the layout that it describes."""
+
+    def decoded(packed, absmax):
+        code = bnb.functional.get_4bit_type("nf4", device="cpu")
+        nibbles = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(-2).long()
+        return (code[nibbles].unflatten(-1, (-1, 64)) * absmax[..., None]).flatten(-2)
+
+    def product(x, stack, sizes, experts):
+        assert all(isinstance(size, int) and size > 0 for size in sizes) and sum(sizes) == len(x)
+        return torch.cat([rows.float() @ stack[e] for rows, e in zip(x.split(sizes), experts)]).bfloat16()
+
+    def repack(packed, states, n, k):
+        ((data,), (state,)) = packed, states
+        absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        return data.view(1, n, k // 2), absmax.view(1, n, k // 64)
+
+    def forward(x, packed, absmax, *groups):
+        return product(x, decoded(packed, absmax).transpose(1, 2), *groups)
+
+    def dgrad(grad, packed, absmax, *groups):
+        return product(grad, decoded(packed, absmax), *groups)
+
+    grouped = {"gemm_4bit_grouped": forward, "dgrad_4bit_grouped": dgrad, "repack_from_bnb": repack}
+    monkeypatch.setitem(sys.modules, "nf4_grouped", SimpleNamespace(**grouped))
+    monkeypatch.setitem(sys.modules, "nf4_qlora", SimpleNamespace(gemm_4bit_grouped_train=forward))
+    arguments = ["--quick", "--four-bit", "--device", "cpu", "--kernel", str(kernel_dir), "--out", str(tmp_path)]
+    assert compare.main([*arguments, "--tokens", "1", "16", "--peers", "nf4_fused", "nf4_auto"]) == 0
+    records = json.loads((tmp_path / "compare-four-bit.json").read_text())["layer"]
+    assert {(r["peer"], r["pass"], r["tokens"]) for r in records} == {
+        (f"grouped-nf4-gemm {way}", which, tokens)
+        for way in ("fused", "auto")
+        for which in ("forward", "frozen")
+        for tokens in (1, 16)
+    }
+    for record in records:
+        assert record["call_ms"] and max(record["errors"].values()) < 0.01
 
 
 def test_an_interrupted_run_leaves_a_whole_file(kernel_dir, tmp_path, monkeypatch):
