@@ -186,7 +186,7 @@ def table(work: Work, engines: list[str], links: Links) -> str:
 def tables() -> str:
     with torch.device("meta"):
         model = shapes(Qwen3MoeForCausalLM(config(LAYERS)))
-    lora = lora_in_4_bit(model, json.loads((RESULTS / "nvidia-h100/train_step-48-layers.json").read_text()))
+    lora = lora_in_4_bit(model, json.loads((RESULTS / "nvidia-h100/train_step-48-layers-graphs.json").read_text()))
     whole = whole_in_bf16(model, json.loads((RESULTS / "nvidia-h200/compare-transformers.json").read_text()))
     return "\n\n".join(
         [

@@ -104,7 +104,7 @@ class GraphedCheckpoint:
         """Compiles what forward runs when it keeps nothing for backward; leaves no trace in random numbers."""
         generators, casts = [hidden_states.device] if hidden_states.is_cuda else [], _casts(hidden_states.device.type)
         with torch.no_grad(), torch.random.fork_rng(generators), torch.autocast(**casts):
-            function(hidden_states, *args)
+            function(hidden_states.detach(), *args)
 
     def _device(self, device: torch.device) -> "_Device":
         if device not in self._devices:
