@@ -1,12 +1,13 @@
-"""Gradient checkpointing in which each of a layer's two passes is one CUDA graph.
+"""Gradient checkpointing in which each pass over a decoder layer is one CUDA graph.
 
-A decoder layer with 4-bit weights and LoRA is some 250 launches a training step, and a host needs longer to issue them
-one by one than a GPU to run them. Recorded once, the layer's forward is one launch, and so is what checkpointing does
-in backward: the forward again, then the gradients.
+A decoder layer with 4-bit weights and LoRA is some 250 launches per training step, and a host needs longer to issue
+them one by one than a GPU to run them. Recorded once, the layer's forward is a single launch, and so is what
+checkpointing does in backward: forward again, then the gradients.
 
-A layer is recorded when it is called in a way in which it has been trained before, for while it records nothing can be
-compiled or set up. All recordings of a device share their memory: what a layer reads, writes and
-returns is copied in and out, and the rest is overwritten by the next. What they cannot do is checkpointed as usual.
+Nothing can be compiled or set up while a graph is recorded. So a layer is recorded when it is called in a form (shape,
+dtype, trained parameters, ...) in which it has been through backward before; until then it is checkpointed as usual.
+All recordings on a device share their memory: what a layer reads and returns is copied in and out, and everything else
+is overwritten by the next layer.
 """
 
 import functools
@@ -31,40 +32,42 @@ from .experts import kernel_of
 Tensor = torch.Tensor
 
 
-def enable_graphed_checkpointing(model: nn.Module, ways: int = 4) -> nn.Module:
-    """Has every decoder layer of a model checkpointed by CUDA graphs: less host time a step, the same numbers.
+def enable_graphed_checkpointing(model: nn.Module, variants: int = 4) -> nn.Module:
+    """Checkpoints every decoder layer of a model with CUDA graphs: less host time per step, the same numbers.
 
-    To be called once the adapters are in place, instead of ``gradient_checkpointing_enable``; a Trainer must not be
-    told of it, for it would enable the other kind: ``TrainingArguments(gradient_checkpointing=False)``. Pays where
-    batches have few different shapes and no padding mask to be built anew. Checkpointed as usual are: calls on a CPU,
-    layers with hooks (those of FSDP, of ``device_map`` and of ``output_router_logits`` among them), and shapes that
-    come up after ``ways`` others.
+    Call it once the adapters are in place, instead of ``gradient_checkpointing_enable``. A Trainer must not enable
+    checkpointing itself: ``TrainingArguments(gradient_checkpointing=False)``. It pays where batches have few different
+    shapes. These are checkpointed as usual, with a warning: calls on a CPU, layers with hooks (those of FSDP, of
+    ``device_map`` over several devices and of ``output_router_logits``, among others), and what comes after
+    ``variants`` different forms of calls.
 
     Args:
-        model: one of Transformers', or one of PEFT around it.
-        ways: ways of calling a layer that are recorded: other shapes, other trained parameters, another autocast.
+        model: a Transformers model, or a PEFT model around one.
+        variants: how many forms of calls are recorded for each layer. Calls differ in form if their shapes, dtypes,
+            autocast, trained parameters or active adapters do, or if a parameter has moved.
 
     Returns:
         ``model``, changed in place.
 
     Raises:
-        ValueError: there is no Transformers model in it, or ``ways`` is less than 1.
+        ValueError: ``model`` contains no Transformers model, or ``variants`` is less than 1.
+        RuntimeError: in training, when a layer cannot be recorded, because it waits for the GPU, say.
     """
-    if ways < 1:
-        raise ValueError(f"ways must be at least 1, got {ways}")
+    if variants < 1:
+        raise ValueError(f"variants must be at least 1, got {variants}")
     base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if base is None:
         raise ValueError(f"model must be or contain a model of Transformers, got a {type(model).__name__}")
-    base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=GraphedCheckpoint(ways))
+    base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=GraphedCheckpoint(variants))
     return model
 
 
 class GraphedCheckpoint:
     """What Transformers calls in place of ``torch.utils.checkpoint.checkpoint``."""
 
-    def __init__(self, ways: int):
-        self.ways = ways
-        self._known: WeakKeyDictionary[nn.Module, list[_Way]] = WeakKeyDictionary()
+    def __init__(self, variants: int):
+        self.variants = variants
+        self._known: WeakKeyDictionary[nn.Module, list[_Variant]] = WeakKeyDictionary()
         self._devices: dict[torch.device, _Device] = {}
 
     def __call__(self, function: functools.partial, hidden_states: Tensor, *args: Any) -> Any:
@@ -74,31 +77,33 @@ class GraphedCheckpoint:
         layer = function.func.__self__
         values, tree = pytree.tree_flatten((args, function.keywords))
         try:
-            way = self._way(layer, _Call.of(layer, hidden_states, values, tree))
+            variant = self._variant(layer, _Call.of(layer, hidden_states, values, tree))
         except _NotRecordableError as reason:
             _warn_once(f"{type(layer).__name__} is checkpointed without CUDA graphs: {reason}")
             return checkpoint(function, hidden_states, *args, use_reentrant=False)
-        if not way.tried:
+        if not variant.tried:
             self._warm_up(function, hidden_states, *args)
             output = checkpoint(function, hidden_states, *args, use_reentrant=False)
             if isinstance(output, Tensor) and _meta(output)[:3] == _meta(hidden_states)[:3]:
-                output.register_hook(way.was_tried)
+                output.register_hook(variant.was_tried)
             return output
-        if way.recording is None:
-            way.recording = _Recording(function.func, hidden_states, values, tree, self._device(hidden_states.device))
-        return _Replay.apply(way.recording, values, hidden_states, *way.recording.parameters)
+        if variant.recording is None:
+            variant.recording = _Recording(
+                function.func, hidden_states, values, tree, self._device(hidden_states.device)
+            )
+        return _Replay.apply(variant.recording, values, hidden_states, *variant.recording.parameters)
 
-    def _way(self, layer: nn.Module, call: "_Call") -> "_Way":
+    def _variant(self, layer: nn.Module, call: "_Call") -> "_Variant":
         """The same for equal calls."""
         known = self._known.setdefault(layer, [])
-        way = next((way for way in known if way.call == call), None)
-        if way is None:
-            if len(known) == self.ways:
+        variant = next((variant for variant in known if variant.call == call), None)
+        if variant is None:
+            if len(known) == self.variants:
                 raise _NotRecordableError(
-                    f"it was called in more than {self.ways} ways; pack or pad sequences to few lengths"
+                    f"it was called in more than {self.variants} forms; pack or pad sequences to few lengths"
                 )
-            known.append(way := _Way(call))
-        return way
+            known.append(variant := _Variant(call))
+        return variant
 
     def _warm_up(self, function: functools.partial, hidden_states: Tensor, *args: Any) -> None:
         """Compiles what forward runs when it keeps nothing for backward; leaves no trace in random numbers."""
@@ -114,7 +119,7 @@ class GraphedCheckpoint:
 
 @dataclass
 class _Call:
-    """All on which the launches of a layer depend, its addresses included: an equal call replays the same graph."""
+    """Everything on which the launches of a layer depend, addresses included: equal calls can share a graph."""
 
     inputs: list
     tree: pytree.TreeSpec
@@ -177,9 +182,9 @@ class _NotRecordableError(Exception):
 
 
 @dataclass
-class _Way:
-    """One way to call a layer. It is recorded once a backward of it has begun: by then all kernels of both passes are
-    compiled and loaded, and libraries have set up what they need on the threads that run them."""
+class _Variant:
+    """Calls of one form. They are recorded once a backward of one has begun: by the next forward it is over, so kernels
+    are compiled, and libraries have set up what they need on the threads that run them."""
 
     call: _Call
     tried: bool = False
@@ -246,9 +251,7 @@ class _Recording:
         self.values = [device.buffers.like(v, i) if isinstance(v, Tensor) else v for i, v in enumerate(values)]
         self.used: list[bool] = []
         args, keywords = pytree.tree_unflatten(self.values, tree)
-        wanted_too = [self.grad] if hidden_states.requires_grad else []
-
-        casts = _casts(hidden_states.device.type)
+        kind, casts = hidden_states.device.type, _casts(hidden_states.device.type)
 
         def run(state: Tensor) -> Tensor:
             with torch.autocast(**casts):
@@ -263,14 +266,13 @@ class _Recording:
             with torch.enable_grad(), _fresh(layer.__self__, self.parameters) as leaves:
                 with _for_gradients(layer.__self__):
                     output = run(state)
-                wanted = [*leaves, *([state] if wanted_too else [])]
-                with torch.autocast(
-                    hidden_states.device.type, enabled=False
-                ):  # as loss.backward() is, which nobody calls within
+                # Without autocast, as loss.backward() is called.
+                with torch.autocast(kind, enabled=False):
+                    wanted = [*leaves, state] if state.requires_grad else leaves
                     grads = torch.autograd.grad(output, wanted, self.grad, allow_unused=True)
-            self.used = [grad is not None for grad in grads[: len(self.parameters)]]
-            pairs = [pair for pair in zip([*self.grads, *wanted_too], grads) if pair[1] is not None]
-            torch._foreach_copy_(*map(list, zip(*pairs)))
+            self.used = [grad is not None for grad in grads[: len(leaves)]]
+            buffers = zip([*self.grads, self.grad], grads)
+            torch._foreach_copy_(*map(list, zip(*(pair for pair in buffers if pair[1] is not None))))
 
         try:
             self.forward, self.backward = device.record(forward), device.record(backward)

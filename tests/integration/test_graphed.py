@@ -103,9 +103,9 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def recordings(model: nn.Module) -> int:
-    """How many ways of calling a layer were recorded."""
+    """How many forms of calls were recorded, of all layers together."""
     (checkpoint,) = {id(c): c for c in map(checkpoint_of, layers(model))}.values()
-    return sum(way.recording is not None for ways in checkpoint._known.values() for way in ways)
+    return sum(variant.recording is not None for variants in checkpoint._known.values() for variant in variants)
 
 
 def layers(model: nn.Module) -> nn.ModuleList:
@@ -129,7 +129,7 @@ def test_layers_alike_share_their_buffers(twins, device):
     assert_same_steps(*twins, [tokens(device=device)] * 3)
     model = twins[0]
     checkpoint = checkpoint_of(layers(model)[0])
-    first, second = (ways[0].recording for ways in checkpoint._known.values())
+    first, second = (variants[0].recording for variants in checkpoint._known.values())
     assert first.state is second.state and first.grad is second.grad
     assert [*map(id, first.grads)] == [*map(id, second.grads)]
     assert len({*map(id, first.grads)}) == len([*trainable(layers(model)[0])])
@@ -183,10 +183,10 @@ def test_two_forwards_before_their_backwards(twins, device):
 
 def test_each_shape_is_recorded_until_there_are_too_many(kernel_dir, device):
     model, usual = twins_of(kernel_dir, device)
-    enable_graphed_checkpointing(model, ways=2)
+    enable_graphed_checkpointing(model, variants=2)
     assert_same_steps(model, usual, [tokens(length=length, device=device) for length in (13, 7, 13, 7, 13, 7)])
     assert recordings(model) == 2 * 2
-    with pytest.warns(UserWarning, match="more than 2 ways"):
+    with pytest.warns(UserWarning, match="more than 2 forms"):
         assert_same_steps(model, usual, [tokens(length=5, device=device)] * 3)
     assert recordings(model) == 2 * 2
 
@@ -313,5 +313,5 @@ def test_on_a_cpu_it_is_the_usual_one(kernel_dir, monkeypatch):
 def test_what_is_no_model_of_transformers_is_refused():
     with pytest.raises(ValueError, match="model must be or contain a model of Transformers, got a Linear"):
         enable_graphed_checkpointing(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="ways must be at least 1, got 0"):
-        enable_graphed_checkpointing(QWEN3.build(), ways=0)
+    with pytest.raises(ValueError, match="variants must be at least 1, got 0"):
+        enable_graphed_checkpointing(QWEN3.build(), variants=0)
