@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from .adapted import Quantization
 from .modules import Block, Experts, Router, with_forward
 from .oracle import RATIO, assert_close
 from .problems import ExpertsInputs, LinearProblem, Problem
@@ -74,16 +75,16 @@ def test_opcheck_experts_backward(kernel, device, stored, wanted):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 def test_one_graph_serves_every_number_of_tokens(kernel, device, training):
     problem = Problem()
-    experts = Experts(problem.draw(device, torch.float32))
-    gate = Router(problem.H, problem.E, problem.k).to(device)
-    block = with_forward(Block(gate, experts), kernel.layers.Qwen3MoeSparseMoeBlock)
-    counter = CompileCounterWithBackend("inductor" if device == "cuda" else "aot_eager")
-    torch._dynamo.reset()
-    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
-    with torch.set_grad_enabled(training), torch._dynamo.config.patch(error_on_recompile=True):
-        for tokens in (5, 12, 64, 33):
-            _assert_compiled_is_eager(block, compiled, torch.randn(1, tokens, problem.H, device=device), training)
-    assert counter.frame_count == 1
+    _assert_one_graph_serves(kernel, device, problem, Experts(problem.draw(device, torch.float32)), training)
+
+
+@pytest.mark.parametrize("quantization", [Quantization(), Quantization("fp4", nested=False)], ids=repr)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_one_graph_serves_4_bit_experts(kernel, training, quantization):
+    problem = Problem(H=64, I=32)
+    experts = Experts(problem.draw("cpu", torch.float32))
+    experts.gate_up_proj, experts.down_proj = (quantization.quantize(weight.data) for weight in experts.parameters())
+    _assert_one_graph_serves(kernel, "cpu", problem, experts, training)
 
 
 def test_a_dimension_marked_dynamic_stays_dynamic(kernel, device):
@@ -120,6 +121,19 @@ def _arguments(inputs: ExpertsInputs, stored) -> list[torch.Tensor]:
     return [stored(x).requires_grad_() if x.is_floating_point() else x for x in inputs[:-1]]
 
 
+def _assert_one_graph_serves(kernel, device: str, problem: Problem, experts: Experts, training: bool) -> None:
+    """Any number of tokens."""
+    gate = Router(problem.H, problem.E, problem.k).to(device)
+    block = with_forward(Block(gate, experts), kernel.layers.Qwen3MoeSparseMoeBlock)
+    counter = CompileCounterWithBackend("inductor" if device == "cuda" else "aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
+    with torch.set_grad_enabled(training), torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (5, 12, 64, 33):
+            _assert_compiled_is_eager(block, compiled, torch.randn(1, tokens, problem.H, device=device), training)
+    assert counter.frame_count == 1
+
+
 def _assert_compiled_is_eager(block: Block, compiled, tokens: torch.Tensor, training: bool) -> None:
     results = []
     for module in (block, compiled):
@@ -128,7 +142,7 @@ def _assert_compiled_is_eager(block: Block, compiled, tokens: torch.Tensor, trai
         out = module(leaf)
         if training:
             out.square().sum().backward()
-            results.append((out.detach(), leaf.grad, *(p.grad for p in block.parameters())))
+            results.append((out.detach(), leaf.grad, *(p.grad for p in block.parameters() if p.requires_grad)))
         else:
             results.append((out,))
     for eager, got in zip(*results):
