@@ -13,11 +13,15 @@ import argparse
 import importlib
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import torch
 import triton
+from harness.environment import kernel_identity
+from harness.files import write_whole
+from harness.peers import load_kernel
 from harness.sass import register_hazards, tool
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -140,14 +144,18 @@ def main() -> int:
     for name, default in (("hidden", 2048), ("intermediate", 768), ("experts", 128), ("top-k", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
-    from kernels import get_local_kernel
-
-    name = get_local_kernel(options.kernel.resolve()).__name__
-    cards = {f"sm_{arch}": compile_layer(name, arch, options) for arch in options.arch}
-    options.out.mkdir(parents=True, exist_ok=True)
+    kernel = load_kernel(options.kernel.resolve())
+    cards = {f"sm_{arch}": compile_layer(kernel.__name__, arch, options) for arch in options.arch}
     shape = {field: getattr(options, field) for field in ("hidden", "intermediate", "experts", "top_k")}
-    report = {"torch": torch.__version__, "triton": triton.__version__, "shape": shape, "cards": cards}
-    (options.out / "compile_report.json").write_text(json.dumps(report, indent=1) + "\n")
+    report = {
+        "command": shlex.join(["python", "benchmarks/compile_report.py", *sys.argv[1:]]),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "kernel": kernel_identity(kernel),
+        "shape": shape,
+        "cards": cards,
+    }
+    write_whole(options.out / "compile_report.json", json.dumps(report, indent=1) + "\n")
     for arch, records in zip(options.arch, cards.values()):
         most = max(records, key=lambda record: record["shared_kib"])
         hazards = [record for record in records if record.get("hazards")]
