@@ -1,8 +1,11 @@
 """What hypothesis draws: problems of any shape and balance, and a layout for every argument."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import strategies as st
 
+from .adapted import Quantization
 from .oracle import ACTIVATIONS
 from .problems import BALANCES, LAYOUTS, SKIPPING, ExpertsInputs, LinearInputs, LinearProblem, Problem
 
@@ -26,6 +29,18 @@ def expert_problems(draw: st.DrawFn, most_tokens: int = 40, widest: int = 70) ->
         activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
         seed=draw(SEEDS),
     )
+
+
+def even_problems(most_tokens: int = 40, widest: int = 70) -> st.SearchStrategy[Problem]:
+    """Those whose weights can be in 4 bit: two of a row share a byte."""
+    problems = expert_problems(most_tokens, widest)
+    return problems.map(lambda problem: replace(problem, H=problem.H + problem.H % 2, I=problem.I + problem.I % 2))
+
+
+def quantizations() -> st.SearchStrategy[Quantization]:
+    """Any that bitsandbytes has: blocks may be less than a row, straddle two, or hold several matrices."""
+    blocksizes = st.sampled_from([2**i for i in range(6, 13)])
+    return st.builds(Quantization, st.sampled_from(["nf4", "fp4"]), blocksizes, st.booleans())
 
 
 @st.composite

@@ -1,9 +1,14 @@
 """4-bit weights: read from bitsandbytes' parameters, decoded bit for bit, and in the layer."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from bitsandbytes.nn import Params4bit
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from . import strategies
 from .adapted import Quantization, assert_adapted_experts_agree, decoded
 from .modules import Experts
 from .oracle import RATIO, assert_close
@@ -17,6 +22,7 @@ QUANTIZATIONS = [
     Quantization("fp4", nested=False, blocksize=256),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+QUANTIZED = strategies.quantizations()
 
 
 @pytest.fixture(params=QUANTIZATIONS, ids=repr)
@@ -27,6 +33,38 @@ def quantization(request) -> Quantization:
 @pytest.mark.parametrize("problem", [Problem(H=64, I=128), Problem(T=9, E=3, H=256, I=64, imbalance="some_skipped")])
 def test_the_layer_and_its_gradients_are_the_oracles(kernel, device, dtype, quantization, problem):
     assert_adapted_experts_agree(kernel, problem, device, dtype, quantization)
+
+
+@settings(max_examples=100)
+@given(strategies.even_problems(), st.sampled_from(DTYPES), QUANTIZED)
+def test_any_problem_agrees_with_the_oracle(kernel, problem, dtype, quantization):
+    assert_adapted_experts_agree(kernel, problem, "cpu", dtype, quantization)
+
+
+@settings(max_examples=100)
+@given(strategies.SEEDS, st.tuples(*map(st.integers, (1, 1, 1), (5, 40, 40))), st.sampled_from(DTYPES), QUANTIZED)
+def test_any_stack_is_decoded_bit_for_bit(kernel, seed, sizes, dtype, quantization):
+    E, N, half = sizes
+    stack = torch.randn(E, N, 2 * half, generator=torch.Generator().manual_seed(seed))
+    parameter = quantization.quantize(stack.to(dtype))
+    assert torch.equal(kernel.dequantize(kernel.four_bit_weight(parameter)), decoded(parameter, dtype))
+
+
+def test_on_a_cpu_experts_that_no_token_chose_are_not_decoded(kernel):
+    inputs = Problem(E=6, H=64, I=32).draw("cpu", torch.float32)
+    index = torch.tensor([[1, 4]]).expand_as(inputs.top_k_index).contiguous()
+    asked = []
+
+    def recorded(weight, expert, dtype):
+        asked.append(expert)
+        return decode(weight, expert, dtype)
+
+    decode = kernel.reference.dequantize_expert
+    weights = [kernel.four_bit_weight(Quantization().quantize(w)) for w in (inputs.gate_up_proj, inputs.down_proj)]
+    hidden = inputs.hidden_states.requires_grad_()
+    with patch.object(kernel.reference, "dequantize_expert", recorded):
+        kernel.fused_experts(hidden, index, inputs.top_k_weights, *weights).sum().backward()
+    assert sorted(asked) == sorted([1, 4] * 4), "each of both projections once, forward and backward"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

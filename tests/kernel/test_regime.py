@@ -7,6 +7,7 @@ import torch
 
 from .adapted import Quantization
 
+MIB = 2**20
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -76,6 +77,17 @@ def test_tiles_divide_what_the_fast_way_cannot_mask(kernel, regime, byte_permute
         assert not backward or n % tile.block_n == 0
         assert not plan.permute or tile.block_n % 64 == 0
     assert plan.permute <= byte_permute
+
+
+def test_what_is_decoded_at_a_time_is_bounded(kernel, regime):
+    weights = stack(kernel, 2, 2 * 40, 64), stack(kernel, 2, 64, 40)  # of no whole tiles: always dequantized
+    scratch = {}
+    for rows in (1, 256, 257, 10**5):
+        plan = regime.plan(2 * rows, *weights, torch.bfloat16, CPU, kernel_tiling(kernel), False)
+        assert plan.path == "dequantize"
+        scratch[rows] = plan.scratch
+    assert scratch[1] == scratch[256] < 512 * MIB, "where it buys 15 %"
+    assert scratch[257] == scratch[10**5] <= 64 * MIB
 
 
 def kernel_tiling(kernel):

@@ -4,7 +4,9 @@ import importlib
 
 import pytest
 import torch
+from hypothesis import given, settings
 
+from .. import strategies
 from ..adapted import Adapter, Quantization, assert_adapted_experts_agree, decoded
 from ..poison import poisoned_memory
 from ..problems import Problem
@@ -33,11 +35,31 @@ def test_decoded_in_the_products(triton_kernel, way, problem, quantization, dtyp
 
 @pytest.mark.parametrize("experts_at_a_time", [1, 2, 5])
 def test_decoded_first_some_experts_at_a_time(triton_kernel, way, monkeypatch, experts_at_a_time):
+    """In no more scratch memory than the plan allows: no result here is large enough to serve as that."""
     way("dequantize")
     problem = Problem(T=9, k=3, E=5, H=64, I=64, imbalance="some_skipped")
-    regime = importlib.import_module(f"{triton_kernel.__name__}.regime")
-    monkeypatch.setattr(regime, "LARGE_SCRATCH", experts_at_a_time * 2 * problem.I * problem.H * 4)
+    regime, experts = (importlib.import_module(f"{triton_kernel.__name__}.{f}") for f in ("regime", "kernels.experts"))
+    scratch, decoded_at_once = experts_at_a_time * 2 * problem.I * problem.H * 4, []
+
+    def recorded(weight, first, out, m_sizes):
+        decoded_at_once.append(out.nbytes)
+        dequantize_experts(weight, first, out, m_sizes)
+
+    dequantize_experts = experts.dequantize_experts
+    monkeypatch.setattr(experts, "dequantize_experts", recorded)
+    monkeypatch.setattr(regime, "LARGE_SCRATCH", scratch)
     assert_adapted_experts_agree(triton_kernel, problem, "cpu", torch.float32, Quantization())
+    assert len(decoded_at_once) >= 4 * 5 / (2 * experts_at_a_time) and max(decoded_at_once) == scratch
+
+
+@settings(max_examples=6)
+@given(
+    strategies.even_problems(most_tokens=9, widest=40),
+    strategies.dtypes(torch.float32, torch.float16),
+    strategies.quantizations(),
+)
+def test_any_problem_agrees_with_the_oracle(triton_kernel, problem, dtype, quantization):
+    assert_adapted_experts_agree(triton_kernel, problem, "cpu", dtype, quantization)
 
 
 @pytest.mark.parametrize("name", ["plain", "dequantize"])
