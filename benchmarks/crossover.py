@@ -2,8 +2,10 @@
 
 The ways are those of the kernel's regime.py. Each is forced and captured in a CUDA graph, forward and with its
 gradients, from one token on; "chosen" is the layer left alone. The graphs are timed in turns, so that what disturbs the
-GPU disturbs all of them. Writes crossover.json as it goes, crossover.png at the end, both into --out, and fails if the
-chosen way is more than 3 % slower than the fastest anywhere.
+GPU disturbs all of them. Rows per expert are averages, and --imbalance says how uneven the routing is.
+
+Writes crossover.json as it goes, crossover.png at the end, both into --out, and fails if the chosen way is more than
+3 % slower than the fastest anywhere.
 
     python benchmarks/crossover.py --kernel . --out benchmarks/results/h200
 """
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         "times": [],
     }
     for tokens in sorted({1, *(max(1, rows * options.shape.experts // options.shape.top_k) for rows in options.rows)}):
-        inputs = make_inputs(options.shape, tokens, torch.bfloat16, options.device, seed=tokens)
+        inputs = make_inputs(options.shape, tokens, torch.bfloat16, options.device, tokens, options.imbalance)
         for which in PASSES[:2]:
             times = time_ways(kernel, partial(run_pass, layer, which, inputs, weights), options)
             record = {"tokens": tokens, "rows": tokens * options.shape.top_k / options.shape.experts, "pass": which}
@@ -79,6 +81,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--kernel", type=Path, help="a local build (the folder that holds build/) instead of the Hub's")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="rows per expert")
+    parser.add_argument(
+        "--imbalance", type=float, default=0.5, help="of routing; at 4, 16 of 128 experts get nearly all"
+    )
     parser.add_argument("--shape", nargs=4, type=int, metavar=("H", "I", "E", "k"), default=(2048, 768, 128, 8))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget-ms", type=float, default=150.0, help="time spent on one way")

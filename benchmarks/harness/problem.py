@@ -85,14 +85,20 @@ def make_weights(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -
     )
 
 
-def make_inputs(shape: Shape, tokens: int, dtype: torch.dtype, device: str, seed: int) -> Inputs:
-    """Tokens with mildly imbalanced routing: each expert's logits share an offset with a deviation of one half."""
+def make_inputs(
+    shape: Shape, tokens: int, dtype: torch.dtype, device: str, seed: int, imbalance: float = 0.5
+) -> Inputs:
+    """Tokens, and where a router sends them: each expert's logits share an offset of standard deviation ``imbalance``.
+
+    At 0.5 an expert gets a few times its share or a fraction of it; at 4, 16 of 128 experts get nearly all.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device).normal_(generator=generator)
 
-    logits = normal(tokens, shape.experts, dtype=torch.float32) + 0.5 * normal(shape.experts, dtype=torch.float32)
+    logits = normal(tokens, shape.experts, dtype=torch.float32)
+    logits += imbalance * normal(shape.experts, dtype=torch.float32)
     scores, index = logits.softmax(-1).topk(shape.top_k)
     top_k_weights = (scores / scores.sum(-1, keepdim=True)).to(dtype)
     hidden_states = normal(tokens, shape.hidden)

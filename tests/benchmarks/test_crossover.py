@@ -53,6 +53,23 @@ def test_ways_are_timed_in_turns_each_round_begun_by_another():
     assert "".join(name for name, _ in groupby(seen)) == first_look + "".join(turns)
 
 
+@pytest.mark.parametrize(("imbalance", "least", "most"), [(0.0, 0.125, 0.18), (0.5, 0.25, 0.6), (4.0, 0.9, 1.0)])
+def test_imbalance_gives_few_experts_nearly_all_rows(imbalance, least, most, monkeypatch, kernel_dir, tmp_path):
+    drawn = []
+
+    def recorded(*arguments):
+        drawn.append(make_inputs(*arguments))
+        return drawn[-1]
+
+    make_inputs = crossover.make_inputs
+    monkeypatch.setattr(crossover, "make_inputs", recorded)
+    monkeypatch.setattr(crossover, "time_ways", lambda *_: dict.fromkeys((*crossover.WAYS, crossover.CHOSEN)))
+    arguments = ["--device", "cpu", "--kernel", str(kernel_dir), "--out", str(tmp_path), "--rows", "256"]
+    assert crossover.main([*arguments, "--shape", "64", "32", "128", "8", "--imbalance", str(imbalance)]) == 0
+    rows = drawn[-1].top_k_index.flatten().bincount(minlength=128).sort(descending=True).values
+    assert least <= rows[:16].sum() / rows.sum() <= most
+
+
 def test_a_run_leaves_its_times_and_a_picture(kernel_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(crossover, "ROOM", 1e9)  # on a CPU all ways are the reference, and noise decides
     arguments = ["--device", "cpu", "--kernel", str(kernel_dir), "--out", str(tmp_path), "--budget-ms", "1"]
