@@ -84,7 +84,7 @@ class GraphedCheckpoint:
         if not variant.tried:
             self._warm_up(function, hidden_states, *args)
             output = checkpoint(function, hidden_states, *args, use_reentrant=False)
-            if isinstance(output, Tensor) and _meta(output)[:3] == _meta(hidden_states)[:3]:
+            if isinstance(output, Tensor) and output.requires_grad and _meta(output)[:3] == _meta(hidden_states)[:3]:
                 output.register_hook(variant.was_tried)
             return output
         if variant.recording is None:
@@ -166,7 +166,8 @@ def _state(layer: nn.Module) -> list:
             if tensor is not None:
                 state += tensor.data_ptr(), tensor.dtype
         if _has_adapters(type(module)):
-            state += module.active_adapters, module.merged_adapters, module.disable_adapters and "off"
+            # As tuples: PEFT changes its lists in place, and a call that is kept must not change with them.
+            state += tuple(module.active_adapters), tuple(module.merged_adapters), module.disable_adapters and "off"
             state += getattr(module, "scaling", {}).items()
         modules.extend(child for child in module._modules.values() if child is not None)
     return state
@@ -276,6 +277,8 @@ class _Recording:
 
         try:
             self.forward, self.backward = device.record(forward), device.record(backward)
+        except torch.OutOfMemoryError:
+            raise  # by its own name, for those who lower something and go on
         except Exception as error:
             raise RuntimeError(
                 f"{type(layer.__self__).__name__} could not be recorded as a CUDA graph, perhaps because it waits for "

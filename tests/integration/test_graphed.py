@@ -4,7 +4,6 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Optional
 
 import pytest
 import torch
@@ -14,47 +13,19 @@ from torch import nn
 
 from qwen3_moe_integration import KernelSource, enable_graphed_checkpointing, graphed
 from qwen3_moe_integration.experts import kernel_of
+from tests.integration import graphs
+from tests.integration.graphs import assert_same_steps, checkpoint_of, layers, recordings, trainable
 from tests.integration.lora import config, pair
 from tests.integration.models import QWEN3, tokens
 
 Tensor = torch.Tensor
 
 
-class Redone:
-    """Records by keeping the work, and counts how often it is done."""
-
-    def __init__(self, device: torch.device):
-        self.generator = self
-        self.buffers = graphed._Buffers()
-        self.recorded = self.replayed = 0
-        made.append(self)
-
-    def record(self, work):
-        self.recorded += 1
-
-        def replay():
-            self.replayed += 1
-            work()
-
-        return replay
-
-    def get_offset(self) -> int:
-        return 0
-
-    def set_offset(self, offset: int) -> None:
-        assert offset == 0
-
-
-made: list[Redone] = []
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch) -> str:
     """Where graphs are recorded."""
-    made.clear()
     if request.param == "cpu":
-        monkeypatch.setattr(graphed, "_Device", Redone)
-        monkeypatch.setattr(graphed, "_can_record", lambda device: True)
+        graphs.stand_in(monkeypatch.setattr)
     graphed._warn_once.cache_clear()
     return request.param
 
@@ -73,55 +44,12 @@ def twins_of(kernel_dir, device: str, **changes) -> tuple[PeftModel, PeftModel]:
     return enable_graphed_checkpointing(model), usual
 
 
-def assert_same_steps(
-    graphed_model: nn.Module, usual: nn.Module, batches: list[Tensor], autocast: Optional[torch.dtype] = None
-) -> None:
-    """Losses, gradients and weights are the same to the last bit through steps of training."""
-    models = graphed_model, usual
-    trained = [dict(trainable(model)) for model in models]
-    optimizers = [torch.optim.SGD(each.values(), lr=0.1) for each in trained]
-    for number, batch in enumerate(batches):
-        losses = []
-        for model in models:
-            torch.manual_seed(number)
-            with torch.autocast(batch.device.type, autocast, enabled=autocast is not None):
-                loss = model(input_ids=batch, labels=batch).loss
-            loss.backward()
-            losses.append(loss.detach())
-        assert torch.equal(*losses), f"step {number}"
-        for name, parameter in trained[0].items():
-            other = trained[1][name]
-            assert parameter.grad is not None and torch.equal(parameter.grad, other.grad), f"step {number}: {name}"
-            assert parameter.grad.abs().sum() > 0, f"step {number}: {name}"
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-def recordings(model: nn.Module) -> int:
-    """How many forms of calls were recorded, of all layers together."""
-    (checkpoint,) = {id(c): c for c in map(checkpoint_of, layers(model))}.values()
-    return sum(variant.recording is not None for variants in checkpoint._known.values() for variant in variants)
-
-
-def layers(model: nn.Module) -> nn.ModuleList:
-    return model.base_model.model.model.layers
-
-
-def checkpoint_of(layer: nn.Module) -> graphed.GraphedCheckpoint:
-    return layer._gradient_checkpointing_func
-
-
 def test_training_equals_usual_checkpointing_and_replays(twins, device):
     batches = [tokens(device=device) for _ in range(5)]
     assert_same_steps(*twins, batches)
     assert recordings(twins[0]) == 2  # of two layers, from the second step on
     if device == "cpu":
-        (recorder,) = made
+        (recorder,) = graphs.made
         assert (recorder.recorded, recorder.replayed) == (4, 2 * 2 * 4)
 
 

@@ -1,0 +1,90 @@
+"""CUDA graphs for a CPU, recorded by keeping the work and replayed by doing it again; and steps of training in them."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Optional
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from qwen3_moe_integration import graphed
+
+
+class Redone:
+    """Takes the place of a device, and counts how often its work is done."""
+
+    def __init__(self, device: torch.device):
+        self.generator = self
+        self.buffers = graphed._Buffers()
+        self.recorded = self.replayed = 0
+        made.append(self)
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            work()
+
+        return replay
+
+    def get_offset(self) -> int:
+        return 0
+
+    def set_offset(self, offset: int) -> None:
+        assert offset == 0
+
+
+made: list[Redone] = []
+"""Since the last :func:`stand_in`."""
+
+
+def stand_in(setattr: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Has graphs recorded on the CPU from now on; ``setattr`` may be one that undoes what it did."""
+    made.clear()
+    setattr(graphed, "_Device", Redone)
+    setattr(graphed, "_can_record", lambda device: True)
+
+
+def recordings(model: nn.Module) -> int:
+    """How many forms of calls were recorded, of all layers together."""
+    (checkpoint,) = {id(c): c for c in map(checkpoint_of, layers(model))}.values()
+    return sum(variant.recording is not None for variants in checkpoint._known.values() for variant in variants)
+
+
+def layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers, of a model that PEFT has wrapped too."""
+    return (model.get_base_model() if isinstance(model, PeftModel) else model).model.layers
+
+
+def checkpoint_of(layer: nn.Module) -> graphed.GraphedCheckpoint:
+    return layer._gradient_checkpointing_func
+
+
+def assert_same_steps(
+    graphed_model: nn.Module, usual: nn.Module, batches: list[torch.Tensor], autocast: Optional[torch.dtype] = None
+) -> None:
+    """Losses, gradients and weights are the same to the last bit through steps of training."""
+    models = graphed_model, usual
+    trained = [dict(trainable(model)) for model in models]
+    optimizers = [torch.optim.SGD(each.values(), lr=0.1) for each in trained]
+    for number, batch in enumerate(batches):
+        losses = []
+        for model in models:
+            torch.manual_seed(number)
+            with torch.autocast(batch.device.type, autocast, enabled=autocast is not None):
+                loss = model(input_ids=batch, labels=batch).loss
+            loss.backward()
+            losses.append(loss.detach())
+        assert torch.equal(*losses), f"step {number}"
+        for name, parameter in trained[0].items():
+            other = trained[1][name]
+            assert parameter.grad is not None and torch.equal(parameter.grad, other.grad), f"step {number}: {name}"
+            assert parameter.grad.abs().sum() > 0, f"step {number}: {name}"
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
