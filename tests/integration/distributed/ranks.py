@@ -24,9 +24,9 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def start_server() -> None:
-    """Its environment, which every rank gets, has no GPU and one thread."""
+    """Its environment, which every rank gets, has one thread, no GPU, and for TRL's loss Triton's interpreter."""
     _CONTEXT.set_forkserver_preload([*LIBRARIES, "transformers.trainer", "torch.distributed.fsdp"])
-    with _environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"):
+    with _environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TRITON_INTERPRET="1"):
         forkserver.ensure_running()
 
 
