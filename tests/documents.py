@@ -4,6 +4,7 @@ Names that a reader would replace stand for files that are there: a page runs in
 ``Qwen/Qwen3-30B-A3B``, a text as ``notes.jsonl``, and so on. A comment right before a block says what it needs:
 
     <!-- needs: gpu -->    runs only where there is one
+    <!-- needs: hub -->    runs against the tests' own Hub, in tests/hub
 """
 
 import importlib
@@ -38,7 +39,7 @@ _FENCE = re.compile(r"(?:<!-- needs: (?P<needs>\w+) -->\n)?^```(?P<language>\w*)
 
 
 class Block(NamedTuple):
-    """``line`` is that of the first line of code; ``needs`` is "gpu" or empty."""
+    """``line`` is that of the first line of code; ``needs`` is "gpu", "hub" or empty."""
 
     language: str
     line: int

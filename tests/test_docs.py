@@ -1,7 +1,7 @@
 """Every page for users: its code blocks run as they stand, and its links lead somewhere.
 
-What is checked after a page is that it did what it says, not only that it ran. The pages that need a Hub are run by
-tests/hub: test_pinned_ci.py and test_load.py.
+What is checked after a page is that it did what it says, not only that it ran. What needs a Hub is run by tests/hub:
+test_pinned_ci.py and test_load.py.
 """
 
 import importlib
@@ -131,14 +131,18 @@ RUNNING = [page for page in PAGES if page not in ON_A_HUB and RUN & {block.langu
 def test_the_page_runs(page, folder, environment):
     if page == "docs/trl.md" and not torch.cuda.is_available():
         environment = environment | {"TRITON_INTERPRET": "1"}  # TRL computes its loss by a Triton kernel
-    chosen = [block for block in blocks(ROOT / page) if block.needs != "gpu"]
+    chosen = [block for block in blocks(ROOT / page) if not block.needs]
     run(ROOT / page, chosen, folder, CHECKS[page], environment)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("page", [page for page in RUNNING if any(block.needs for block in blocks(ROOT / page))])
+@pytest.mark.parametrize(
+    "page", [page for page in RUNNING if any(block.needs == "gpu" for block in blocks(ROOT / page))]
+)
 def test_the_page_runs_whole_on_a_gpu(page, folder, environment):
-    run(ROOT / page, blocks(ROOT / page), folder, CHECKS[page], environment)
+    run(
+        ROOT / page, [block for block in blocks(ROOT / page) if block.needs != "hub"], folder, CHECKS[page], environment
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -146,7 +150,7 @@ def test_every_block_is_run_or_only_shown(page):
     found = blocks(ROOT / page)
     assert 2 * len(found) == len(re.findall(r"^\s*```", (ROOT / page).read_text(), re.M))
     assert {block.language for block in found} <= RUN | SHOWN
-    assert {block.needs for block in found} <= {"", "gpu"}
+    assert {block.needs for block in found} <= {"", "gpu", "hub"}
 
 
 @pytest.mark.parametrize("page", PAGES)

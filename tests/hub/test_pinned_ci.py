@@ -1,5 +1,5 @@
 """examples/pinned-ci as its README and its workflow say: locked, downloaded, tested, and refused when the lock is not
-for this Hub; and the guide to it, block by block."""
+for this Hub; the guide to it, and what the README shows of it, block by block."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.documents import blocks
+from tests.documents import Block, blocks
 
 EXAMPLE = ROOT / "examples/pinned-ci"
 
@@ -84,16 +84,26 @@ assert model(torch.arange(9, 17, device=model.device)[None]).logits.isfinite().a
 
 
 def test_the_guide(user, tmp_path, v1):
-    folder, program = tmp_path / "guide", GUIDE_BEGINS
+    run_project(user, tmp_path, blocks(ROOT / "docs/pinned-ci.md"), GUIDE_BEGINS, GUIDE_ENDS.format(commit=v1))
+
+
+def test_the_readme(user, tmp_path, v1):
+    chosen = [block for block in blocks(ROOT / "README.md") if block.needs == "hub"]
+    assert {block.language for block in chosen} == {"toml", "bash", "python"}
+    run_project(user, tmp_path, chosen, "", f'assert "/snapshots/{v1}/" in moe.__file__')
+
+
+def run_project(user, tmp_path, chosen: list[Block], begins: str, ends: str) -> None:
+    """A folder with the TOML as its pyproject.toml, in which the commands run, then the Python between two others."""
+    folder, program = tmp_path / "project", begins
     folder.mkdir()
-    for block in blocks(ROOT / "docs/pinned-ci.md"):
+    for block in chosen:
         if block.language == "toml":
             (folder / "pyproject.toml").write_text(block.code)
         elif block.language == "bash":
             user.shell(block.code, folder)
         else:
             program += block.code
-    (folder / "program.py").write_text(program + GUIDE_ENDS.format(commit=v1))
+    (folder / "program.py").write_text(program + ends)
     path = os.pathsep.join(map(str, (ROOT / "integration", ROOT / "examples", os.environ.get("PYTHONPATH", ""))))
     user.shell("python program.py", folder, PYTHONPATH=path)
-    assert v1 in (folder / "kernels.lock").read_text()
