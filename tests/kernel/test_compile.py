@@ -53,22 +53,22 @@ def test_opcheck_linear_and_its_weight_gradient(kernel, device, stored):
 def test_opcheck_experts(kernel, device, stored):
     # None skipped: pre_activation rows of skipped slots hold nothing, and opcheck compares all of two runs' outputs.
     arguments = _arguments(Problem().draw(device, torch.float32), stored)
-    torch.library.opcheck(op(kernel, "experts", "_forward"), plain(kernel, *arguments, "silu", True))
+    torch.library.opcheck(op(kernel, "experts_op", "forward_op"), plain(kernel, *arguments, "silu", True))
 
 
 def test_opcheck_experts_that_save_nothing(kernel, device):
     arguments = Problem(imbalance="some_skipped").draw(device, torch.float32)[:-1]
-    torch.library.opcheck(op(kernel, "experts", "_forward"), plain(kernel, *arguments, "gelu", False))
+    torch.library.opcheck(op(kernel, "experts_op", "forward_op"), plain(kernel, *arguments, "gelu", False))
 
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, True)])
 def test_opcheck_experts_backward(kernel, device, stored, wanted):
     inputs = Problem(imbalance="some_skipped").draw(device, torch.float16)
     arguments = plain(kernel, *(x.detach() for x in _arguments(inputs, stored)), "silu", True)
-    _, *saved = op(kernel, "experts", "_forward")(*arguments)
+    _, *saved = op(kernel, "experts_op", "forward_op")(*arguments)
     hidden, gate_up, down = wanted
     wanted = [hidden, True, gate_up, down, False, False, False, False]
-    backward = op(kernel, "experts", "_backward")
+    backward = op(kernel, "experts_op", "backward_op")
     torch.library.opcheck(backward, (stored(inputs.grad_output), *arguments[:-1], *saved, wanted))
 
 

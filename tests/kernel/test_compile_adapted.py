@@ -27,7 +27,7 @@ class Ops(NamedTuple):
 
 
 def ops(kernel: ModuleType, quantization, adapter) -> Ops:
-    files = {file: importlib.import_module(f"{kernel.__name__}.{file}") for file in ("experts", "projection")}
+    files = {file: importlib.import_module(f"{kernel.__name__}.{file}") for file in ("experts_op", "projection")}
     *tokens, gate_up, down, _ = PROBLEM.draw("cpu", torch.float32)
     tokens[0].requires_grad_()
     factors = adapter.draw(PROBLEM, "cpu", torch.float32) if adapter else {}
@@ -36,7 +36,7 @@ def ops(kernel: ModuleType, quantization, adapter) -> Ops:
         weight = kernel.four_bit_weight(quantization.quantize(weight)) if quantization else weight
         lora = kernel.Lora(*(factors[f"{name}_{x}"].requires_grad_() for x in "AB"), 0.5) if adapter else None
         flat += files["projection"].Projection(weight, lora).flatten()
-    return Ops(files["experts"]._forward, files["experts"]._backward, (*tokens, *flat, None, "silu"))
+    return Ops(files["experts_op"].forward_op, files["experts_op"].backward_op, (*tokens, *flat, None, "silu"))
 
 
 @pytest.mark.parametrize("save", [True, False], ids=["training", "inference"])

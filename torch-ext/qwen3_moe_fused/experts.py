@@ -30,25 +30,14 @@ carry an adapter per expert, which adds three launches to it:
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Iterator, List, Optional, Tuple
+from typing import Iterator, Optional, Tuple
 
 import torch
 
-from . import reference
-from ._ops import add_op_namespace_prefix
+from .backends import BACKWARD, FORWARD
 from .checks import check_activation, check_device, check_dims, check_float, check_integer, check_like, check_size
-from .projection import (
-    FLAT,
-    FourBitWeight,
-    Gradients,
-    Lora,
-    Projection,
-    Weight,
-    check_lora,
-    check_weight,
-    empty_gradients,
-    unflatten,
-)
+from .experts_op import SAVED_BY_OP, backward_op, forward_op
+from .projection import FourBitWeight, Gradients, Lora, Projection, Weight, check_lora, check_weight
 
 Tensor = torch.Tensor
 
@@ -106,7 +95,7 @@ def fused_experts(
     leaves = _leaves(hidden_states, top_k_weights, gate_up, down)
     save = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in leaves])
     if _op_is_seen((*leaves, top_k_index)):
-        return _forward(*tokens, *gate_up.flatten(), *down.flatten(), seed, activation, save)[0]
+        return forward_op(*tokens, *gate_up.flatten(), *down.flatten(), seed, activation, save)[0]
     if save:
         projections = gate_up.without_leaves(), down.without_leaves()
         return FusedExperts.apply(top_k_index, projections, seed, activation, *leaves)
@@ -153,185 +142,6 @@ def _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, a
     check_activation(activation)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("fused_experts"), mutates_args=(), device_types="cuda")
-def _forward(
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    gate_up_absmax: Optional[Tensor],
-    gate_up_code: Optional[Tensor],
-    gate_up_nested_absmax: Optional[Tensor],
-    gate_up_nested_code: Optional[Tensor],
-    gate_up_nested_offset: Optional[Tensor],
-    gate_up_numbers: List[int],
-    gate_up_A: Optional[Tensor],
-    gate_up_B: Optional[Tensor],
-    gate_up_scaling: float,
-    gate_up_dropout: float,
-    down_proj: Tensor,
-    down_absmax: Optional[Tensor],
-    down_code: Optional[Tensor],
-    down_nested_absmax: Optional[Tensor],
-    down_nested_code: Optional[Tensor],
-    down_nested_offset: Optional[Tensor],
-    down_numbers: List[int],
-    down_A: Optional[Tensor],
-    down_B: Optional[Tensor],
-    down_scaling: float,
-    down_dropout: float,
-    seed: Optional[Tensor],
-    activation: str,
-    save: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _run_forward(
-        "cuda", hidden_states, top_k_index, top_k_weights,
-        gate_up_proj, gate_up_absmax, gate_up_code, gate_up_nested_absmax, gate_up_nested_code,
-        gate_up_nested_offset, gate_up_numbers, gate_up_A, gate_up_B, gate_up_scaling, gate_up_dropout,
-        down_proj, down_absmax, down_code, down_nested_absmax, down_nested_code,
-        down_nested_offset, down_numbers, down_A, down_B, down_scaling, down_dropout, seed, activation, save,
-    )  # fmt: skip
-
-
-@torch.library.custom_op(add_op_namespace_prefix("fused_experts_backward"), mutates_args=(), device_types="cuda")
-def _backward(
-    grad_output: Tensor,
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    gate_up_absmax: Optional[Tensor],
-    gate_up_code: Optional[Tensor],
-    gate_up_nested_absmax: Optional[Tensor],
-    gate_up_nested_code: Optional[Tensor],
-    gate_up_nested_offset: Optional[Tensor],
-    gate_up_numbers: List[int],
-    gate_up_A: Optional[Tensor],
-    gate_up_B: Optional[Tensor],
-    gate_up_scaling: float,
-    gate_up_dropout: float,
-    down_proj: Tensor,
-    down_absmax: Optional[Tensor],
-    down_code: Optional[Tensor],
-    down_nested_absmax: Optional[Tensor],
-    down_nested_code: Optional[Tensor],
-    down_nested_offset: Optional[Tensor],
-    down_numbers: List[int],
-    down_A: Optional[Tensor],
-    down_B: Optional[Tensor],
-    down_scaling: float,
-    down_dropout: float,
-    seed: Optional[Tensor],
-    activation: str,
-    pre_activation: Tensor,
-    low_rank_gate_up: Tensor,
-    low_rank_down: Tensor,
-    order: Tensor,
-    m_sizes: Tensor,
-    wanted: List[bool],
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _run_backward(
-        "cuda", grad_output, hidden_states, top_k_index, top_k_weights,
-        gate_up_proj, gate_up_absmax, gate_up_code, gate_up_nested_absmax, gate_up_nested_code,
-        gate_up_nested_offset, gate_up_numbers, gate_up_A, gate_up_B, gate_up_scaling, gate_up_dropout,
-        down_proj, down_absmax, down_code, down_nested_absmax, down_nested_code,
-        down_nested_offset, down_numbers, down_A, down_B, down_scaling, down_dropout, seed, activation,
-        pre_activation, low_rank_gate_up, low_rank_down, order, m_sizes, wanted,
-    )  # fmt: skip
-
-
-def _run_forward(device: str, hidden_states, top_k_index, top_k_weights, *rest) -> Tuple[Tensor, ...]:
-    """The op. Its results are tensors, and their number and sizes follow from its arguments alone: it leaves out the
-    tile table, and an empty tensor stands for what there is not."""
-    projections, (seed, activation, save) = _projections(rest, hidden_states.dtype)
-    results = FORWARD[device](hidden_states, top_k_index, top_k_weights, *projections, seed, activation, save)
-    return tuple(hidden_states.new_empty(0) if x is None else x for x in results[:SAVED_BY_OP])
-
-
-def _run_backward(device: str, grad_output, hidden_states, top_k_index, top_k_weights, *rest) -> Tuple[Tensor, ...]:
-    """The op of backward, likewise."""
-    projections, (seed, activation, *saved, wanted) = _projections(rest, hidden_states.dtype)
-    tokens = (grad_output, hidden_states, top_k_index, top_k_weights)
-    grads = BACKWARD[device](*tokens, *projections, seed, tuple(saved), activation, Gradients(*wanted))
-    return tuple(hidden_states.new_empty(0) if grad is None else grad for grad in grads)
-
-
-def _projections(flat: Tuple, dtype: torch.dtype) -> Tuple[Tuple[Projection, Projection], Tuple]:
-    """gate_up and down, and what stands behind them."""
-    gate_up, down, rest = flat[:FLAT], flat[FLAT : 2 * FLAT], flat[2 * FLAT :]
-    return (unflatten(gate_up, dtype), unflatten(down, dtype)), rest
-
-
-def _launch_forward(hidden_states, *rest):
-    from .kernels.experts import experts_forward  # Triton is imported only where it can run
-
-    with torch.cuda.device(hidden_states.device):
-        return experts_forward(hidden_states, *rest)
-
-
-def _launch_backward(grad_output, *rest):
-    from .kernels.experts import experts_backward
-
-    with torch.cuda.device(grad_output.device):
-        return experts_backward(grad_output, *rest)
-
-
-FORWARD = {"cpu": reference.experts_forward, "cuda": _launch_forward}
-BACKWARD = {"cpu": reference.experts_backward, "cuda": _launch_backward}
-"""What computes the layer on a device, see ``reference``."""
-
-_forward.register_kernel("cpu")(lambda *inputs: _run_forward("cpu", *inputs))
-_backward.register_kernel("cpu")(lambda *inputs: _run_backward("cpu", *inputs))
-
-
-@_forward.register_fake
-def _(hidden_states, top_k_index, top_k_weights, *rest):
-    (gate_up, down), (_, _, save) = _projections(rest, hidden_states.dtype)
-    slots = top_k_index.numel()
-    widths = gate_up.weight.shape[1], gate_up.low_rank_width, down.low_rank_width
-    sizes = slots, gate_up.weight.shape[0]
-    return (
-        hidden_states.new_empty(hidden_states.shape),
-        *(hidden_states.new_empty((slots, width) if save and width else 0) for width in widths),
-        *(top_k_index.new_empty(size, dtype=torch.int32) if save else hidden_states.new_empty(0) for size in sizes),
-    )
-
-
-@_backward.register_fake
-def _(grad_output, hidden_states, top_k_index, top_k_weights, *rest):
-    projections, (*_, wanted) = _projections(rest, hidden_states.dtype)
-    return tuple(empty_gradients(hidden_states, top_k_weights, *projections, Gradients(*wanted)))
-
-
-DIFFERENTIABLE = {"hidden_states": 0, "top_k_weights": 2, "gate_up_proj": 3, "down_proj": 3 + FLAT}
-DIFFERENTIABLE |= {"gate_up_A": 10, "gate_up_B": 11, "down_A": 10 + FLAT, "down_B": 11 + FLAT}
-"""Where in the op's arguments each input stands that can have a gradient."""
-
-
-def _setup_context(ctx, inputs, output):
-    _, *saved = output
-    inputs = inputs[:-1]
-    ctx.mark_non_differentiable(*saved)
-    ctx.set_materialize_grads(False)
-    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *saved)
-
-
-def _op_gradients(ctx, grad_output, *_) -> Tuple:
-    grads = [None] * len(ctx.needs_input_grad)
-    if grad_output is not None:
-        tensors = ctx.saved_tensors
-        inputs = [tensor if other is None else other for tensor, other in zip(tensors, ctx.others)]
-        wanted = [ctx.needs_input_grad[at] for at in DIFFERENTIABLE.values()]
-        computed = _backward(grad_output, *inputs, *tensors[len(inputs) :], wanted)
-        for at, asked, grad in zip(DIFFERENTIABLE.values(), wanted, computed):
-            grads[at] = grad if asked else None
-    return tuple(grads)
-
-
-_forward.register_autograd(_op_gradients, setup_context=_setup_context)
-
-
 class FusedExperts(torch.autograd.Function):
     """The two ops without their way through PyTorch's dispatcher, for calls in which nobody else looks at them.
 
@@ -363,7 +173,7 @@ class FusedExperts(torch.autograd.Function):
         if torch.is_grad_enabled():
             # create_graph: the op must be in the graph, it refuses a second derivative, which would be wrong.
             saved = [hidden_states.new_empty(0) if x is None else x for x in saved[: SAVED_BY_OP - 1]]
-            grads = _backward(*tokens, *gate_up.flatten(), *down.flatten(), seed, activation, *saved, list(wanted))
+            grads = backward_op(*tokens, *gate_up.flatten(), *down.flatten(), seed, activation, *saved, list(wanted))
         else:
             grads = BACKWARD[grad_output.device.type](
                 *tokens, gate_up, down, seed, tuple(saved), activation, Gradients(*wanted)
@@ -386,7 +196,6 @@ def _with_leaves(projections: Tuple[Projection, Projection], leaves: Tuple) -> T
 
 
 LEAVES = len(Gradients._fields)
-SAVED_BY_OP = 6  # out, pre_activation, two low_rank, order, m_sizes; see _run_forward
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 

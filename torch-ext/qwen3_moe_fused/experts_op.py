@@ -1,0 +1,178 @@
+"""The experts layer as two torch ops, for whoever looks at ops: torch.compile, dispatch modes, torch.func.
+
+Ops take plain tensors and numbers and return tensors, so each projection comes flat, in eleven arguments; see
+``Projection.flatten``.
+"""
+
+from typing import List, Optional, Tuple
+
+import torch
+
+from ._ops import add_op_namespace_prefix
+from .backends import BACKWARD, FORWARD
+from .projection import FLAT, Gradients, Projection, empty_gradients, unflatten
+
+Tensor = torch.Tensor
+
+SAVED_BY_OP = 6  # out, pre_activation, two low_rank, order, m_sizes; see _run_forward
+
+
+@torch.library.custom_op(add_op_namespace_prefix("fused_experts"), mutates_args=(), device_types="cuda")
+def forward_op(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    gate_up_absmax: Optional[Tensor],
+    gate_up_code: Optional[Tensor],
+    gate_up_nested_absmax: Optional[Tensor],
+    gate_up_nested_code: Optional[Tensor],
+    gate_up_nested_offset: Optional[Tensor],
+    gate_up_numbers: List[int],
+    gate_up_A: Optional[Tensor],
+    gate_up_B: Optional[Tensor],
+    gate_up_scaling: float,
+    gate_up_dropout: float,
+    down_proj: Tensor,
+    down_absmax: Optional[Tensor],
+    down_code: Optional[Tensor],
+    down_nested_absmax: Optional[Tensor],
+    down_nested_code: Optional[Tensor],
+    down_nested_offset: Optional[Tensor],
+    down_numbers: List[int],
+    down_A: Optional[Tensor],
+    down_B: Optional[Tensor],
+    down_scaling: float,
+    down_dropout: float,
+    seed: Optional[Tensor],
+    activation: str,
+    save: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _run_forward(
+        "cuda", hidden_states, top_k_index, top_k_weights,
+        gate_up_proj, gate_up_absmax, gate_up_code, gate_up_nested_absmax, gate_up_nested_code,
+        gate_up_nested_offset, gate_up_numbers, gate_up_A, gate_up_B, gate_up_scaling, gate_up_dropout,
+        down_proj, down_absmax, down_code, down_nested_absmax, down_nested_code,
+        down_nested_offset, down_numbers, down_A, down_B, down_scaling, down_dropout, seed, activation, save,
+    )  # fmt: skip
+
+
+@torch.library.custom_op(add_op_namespace_prefix("fused_experts_backward"), mutates_args=(), device_types="cuda")
+def backward_op(
+    grad_output: Tensor,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    gate_up_absmax: Optional[Tensor],
+    gate_up_code: Optional[Tensor],
+    gate_up_nested_absmax: Optional[Tensor],
+    gate_up_nested_code: Optional[Tensor],
+    gate_up_nested_offset: Optional[Tensor],
+    gate_up_numbers: List[int],
+    gate_up_A: Optional[Tensor],
+    gate_up_B: Optional[Tensor],
+    gate_up_scaling: float,
+    gate_up_dropout: float,
+    down_proj: Tensor,
+    down_absmax: Optional[Tensor],
+    down_code: Optional[Tensor],
+    down_nested_absmax: Optional[Tensor],
+    down_nested_code: Optional[Tensor],
+    down_nested_offset: Optional[Tensor],
+    down_numbers: List[int],
+    down_A: Optional[Tensor],
+    down_B: Optional[Tensor],
+    down_scaling: float,
+    down_dropout: float,
+    seed: Optional[Tensor],
+    activation: str,
+    pre_activation: Tensor,
+    low_rank_gate_up: Tensor,
+    low_rank_down: Tensor,
+    order: Tensor,
+    m_sizes: Tensor,
+    wanted: List[bool],
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _run_backward(
+        "cuda", grad_output, hidden_states, top_k_index, top_k_weights,
+        gate_up_proj, gate_up_absmax, gate_up_code, gate_up_nested_absmax, gate_up_nested_code,
+        gate_up_nested_offset, gate_up_numbers, gate_up_A, gate_up_B, gate_up_scaling, gate_up_dropout,
+        down_proj, down_absmax, down_code, down_nested_absmax, down_nested_code,
+        down_nested_offset, down_numbers, down_A, down_B, down_scaling, down_dropout, seed, activation,
+        pre_activation, low_rank_gate_up, low_rank_down, order, m_sizes, wanted,
+    )  # fmt: skip
+
+
+def _run_forward(device: str, hidden_states, top_k_index, top_k_weights, *rest) -> Tuple[Tensor, ...]:
+    """The op. Its results are tensors, and their number and sizes follow from its arguments alone: it leaves out the
+    tile table, and an empty tensor stands for what there is not."""
+    projections, (seed, activation, save) = _projections(rest, hidden_states.dtype)
+    results = FORWARD[device](hidden_states, top_k_index, top_k_weights, *projections, seed, activation, save)
+    return tuple(hidden_states.new_empty(0) if x is None else x for x in results[:SAVED_BY_OP])
+
+
+def _run_backward(device: str, grad_output, hidden_states, top_k_index, top_k_weights, *rest) -> Tuple[Tensor, ...]:
+    """The op of backward, likewise."""
+    projections, (seed, activation, *saved, wanted) = _projections(rest, hidden_states.dtype)
+    tokens = (grad_output, hidden_states, top_k_index, top_k_weights)
+    grads = BACKWARD[device](*tokens, *projections, seed, tuple(saved), activation, Gradients(*wanted))
+    return tuple(hidden_states.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _projections(flat: Tuple, dtype: torch.dtype) -> Tuple[Tuple[Projection, Projection], Tuple]:
+    """gate_up and down, and what stands behind them."""
+    gate_up, down, rest = flat[:FLAT], flat[FLAT : 2 * FLAT], flat[2 * FLAT :]
+    return (unflatten(gate_up, dtype), unflatten(down, dtype)), rest
+
+
+forward_op.register_kernel("cpu")(lambda *inputs: _run_forward("cpu", *inputs))
+backward_op.register_kernel("cpu")(lambda *inputs: _run_backward("cpu", *inputs))
+
+
+@forward_op.register_fake
+def _(hidden_states, top_k_index, top_k_weights, *rest):
+    (gate_up, down), (_, _, save) = _projections(rest, hidden_states.dtype)
+    slots = top_k_index.numel()
+    widths = gate_up.weight.shape[1], gate_up.low_rank_width, down.low_rank_width
+    sizes = slots, gate_up.weight.shape[0]
+    return (
+        hidden_states.new_empty(hidden_states.shape),
+        *(hidden_states.new_empty((slots, width) if save and width else 0) for width in widths),
+        *(top_k_index.new_empty(size, dtype=torch.int32) if save else hidden_states.new_empty(0) for size in sizes),
+    )
+
+
+@backward_op.register_fake
+def _(grad_output, hidden_states, top_k_index, top_k_weights, *rest):
+    projections, (*_, wanted) = _projections(rest, hidden_states.dtype)
+    return tuple(empty_gradients(hidden_states, top_k_weights, *projections, Gradients(*wanted)))
+
+
+DIFFERENTIABLE = {"hidden_states": 0, "top_k_weights": 2, "gate_up_proj": 3, "down_proj": 3 + FLAT}
+DIFFERENTIABLE |= {"gate_up_A": 10, "gate_up_B": 11, "down_A": 10 + FLAT, "down_B": 11 + FLAT}
+"""Where in the op's arguments each input stands that can have a gradient."""
+
+
+def _setup_context(ctx, inputs, output):
+    _, *saved = output
+    inputs = inputs[:-1]
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *saved)
+
+
+def _op_gradients(ctx, grad_output, *_) -> Tuple:
+    grads = [None] * len(ctx.needs_input_grad)
+    if grad_output is not None:
+        tensors = ctx.saved_tensors
+        inputs = [tensor if other is None else other for tensor, other in zip(tensors, ctx.others)]
+        wanted = [ctx.needs_input_grad[at] for at in DIFFERENTIABLE.values()]
+        computed = backward_op(grad_output, *inputs, *tensors[len(inputs) :], wanted)
+        for at, asked, grad in zip(DIFFERENTIABLE.values(), wanted, computed):
+            grads[at] = grad if asked else None
+    return tuple(grads)
+
+
+forward_op.register_autograd(_op_gradients, setup_context=_setup_context)
