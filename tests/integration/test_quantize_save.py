@@ -72,25 +72,60 @@ def test_transformers_alone_refuses_to_load_it(quantized):
     assert run.returncode and "Unknown quantization type, got bitsandbytes_moe" in run.stdout + run.stderr
 
 
-def test_a_save_that_was_interrupted_over_another_one_does_not_load(quantized, monkeypatch):
-    model, folder = quantized
+def save_until_interrupted(model, folder, monkeypatch, shard_size: str, whole: int, half: bool = False) -> None:
+    """Writes ``whole`` files, and half of the next one if that is asked for."""
     written = []
 
-    def stop_at_the_second(tensors, file, **kwargs):
-        if written:
+    def stop(tensors, file, **kwargs):
+        if len(written) < whole or half:
+            save_file(tensors, file, **kwargs)
+        if len(written) == whole:
+            if half:
+                os.truncate(file, os.path.getsize(file) // 2)
             raise KeyboardInterrupt
         written.append(file)
-        save_file(tensors, file, **kwargs)
 
     save_file = modeling_utils.safe_save_file
-    monkeypatch.setattr(modeling_utils, "safe_save_file", stop_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        model.save_pretrained(folder, max_shard_size="15KB")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(modeling_utils, "safe_save_file", stop)
+        model.save_pretrained(folder, max_shard_size=shard_size)
+
+
+def test_a_save_that_was_interrupted_over_another_one_does_not_load(quantized, monkeypatch):
+    model, folder = quantized
+    save_until_interrupted(model, folder, monkeypatch, "15KB", whole=1)
     with pytest.raises(ValueError, match=r"model-0000\d-of.* of different saves .*interrupted"):
         load(folder)
     model.save_pretrained(folder, max_shard_size="15KB")
     assert_same_model(model, load(folder))
+
+
+FIRST_SAVES = [
+    ("15KB", 0, False, "no file named model.safetensors"),
+    ("15KB", 1, True, "no file named model.safetensors"),
+    ("1GB", 0, False, "no file named model.safetensors"),
+    ("1GB", 0, True, r"model.safetensors is truncated: \S+ ends at byte"),
+]
+
+
+@pytest.mark.parametrize(("shard_size", "whole", "half", "message"), FIRST_SAVES)
+def test_a_first_save_that_was_interrupted_does_not_load(
+    quantized, tmp_path, monkeypatch, shard_size, whole, half, message
+):
+    save_until_interrupted(quantized[0], tmp_path / "new", monkeypatch, shard_size, whole, half)
+    with pytest.raises((OSError, ValueError), match=message):
+        load(tmp_path / "new")
+
+
+@pytest.mark.parametrize("whole", [0, 1])
+def test_a_save_in_another_precision_that_was_interrupted_does_not_load(quantized, tmp_path, monkeypatch, whole):
+    """Over the checkpoint in full precision that a 4-bit model was made of, and the other way round."""
+    model, folder = quantized
+    full = load(tmp_path / "full")
+    for each, over in ((model, tmp_path / "full"), (full, folder)):
+        save_until_interrupted(each, over, monkeypatch, "15KB", whole)
+        with pytest.raises(FileNotFoundError, match=r"model-00001-of-0000\d.safetensors"):
+            load(over)
 
 
 def test_an_older_file_that_transformers_prefers_does_not_pass_for_the_model(quantized):
