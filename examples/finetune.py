@@ -248,7 +248,9 @@ def check(options: argparse.Namespace) -> Plan | None:
     if plan:
         print(plan)
         if not plan.fits:
-            raise SystemExit("The run does not fit: lower --seq-len, --batch-size or --expert-rank.")
+            without = argparse.Namespace(**vars(options) | {"graphs": False})
+            hint = " It fits with --no-graphs." if options.graphs and plan_for(without).fits else ""
+            raise SystemExit(f"The run does not fit: lower --seq-len, --batch-size or --expert-rank.{hint}")
     return plan
 
 
@@ -279,8 +281,9 @@ def train(options: argparse.Namespace) -> Trainer:
         result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except torch.OutOfMemoryError as error:
         longest = f" The longest sequence that should have fit: {plan.longest} tokens." if plan else ""
+        graphs = " --no-graphs takes less, too." if options.graphs else ""
         raise SystemExit(
-            f"{error}\nOut of memory: lower --seq-len, --batch-size or --expert-rank, then --resume.{longest}"
+            f"{error}\nOut of memory: lower --seq-len, --batch-size or --expert-rank, then --resume.{longest}{graphs}"
         ) from error
     after = trainer.evaluate()["eval_loss"]
     save(trainer, options.output / "model")

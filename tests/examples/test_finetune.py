@@ -3,8 +3,12 @@
 import json
 import os
 import re
+import resource
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,15 +32,25 @@ def text(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finetune(kernel_dir):
-    def run(*arguments, code: int = 0, **variables: str) -> str:
+def start(kernel_dir) -> Callable[..., subprocess.Popen]:
+    def start(*arguments, preexec_fn: Callable[[], None] | None = None, **variables: str) -> subprocess.Popen:
         variables["LOCAL_KERNELS"] = f"org/qwen3-moe-fused={kernel_dir}"
         variables["HF_HUB_OFFLINE"] = "1"
         variables["PYTHONPATH"] = os.pathsep.join([str(ROOT / "integration"), os.environ.get("PYTHONPATH", "")])
         command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *map(str, arguments)]
-        ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=600)
-        assert ran.returncode == code, f"{ran.stdout}\n{ran.stderr}"
-        return ran.stdout + ran.stderr
+        settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "preexec_fn": preexec_fn}
+        return subprocess.Popen(command, env=os.environ | variables, **settings)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def finetune(start):
+    def run(*arguments, code: int = 0, **settings) -> str:
+        with start(*arguments, **settings) as process:
+            printed, _ = process.communicate(timeout=600)
+        assert process.returncode == code, printed
+        return printed
 
     return run
 
@@ -92,6 +106,45 @@ def test_a_killed_run_resumes_to_the_same_losses(finetune, text, request, tmp_pa
     want, got = _losses(uninterrupted), _losses(tmp_path)
     assert sum(step > 16 for step, _, _ in want) >= 3
     assert got == want
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="losses with and without checkpointing are compared bit by bit")
+def test_a_run_that_is_killed_goes_on_in_graphs_too(start, finetune, text, whole, adapter, tmp_path):
+    """By SIGKILL, between steps or while saving. On a CPU graphs give way to usual checkpointing, and that is said."""
+    (tmp_path / "small-qwen3-moe").symlink_to(whole / "small-qwen3-moe")
+    graphs = ("--gradient-checkpointing", "--graphs")
+    arguments = ("--dataset", text, "--output", tmp_path, "--steps", STEPS, *ADAPTER, *graphs)
+    with start(*arguments) as process:
+        while not list(tmp_path.glob("checkpoints/checkpoint-*/trainer_state.json")):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        process.kill()
+    assert process.returncode == -9 and not (tmp_path / "model").exists()
+    printed = finetune(*arguments, "--resume")
+    assert printed.count("is checkpointed without CUDA graphs: it runs on cpu") == 1
+    assert "going on from" in printed and _losses(tmp_path) == _losses(adapter)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(finetune, text, whole, adapter, tmp_path, monkeypatch):
+    """A file that may grow no further fails in the middle of its writing, as it does on a full disk."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from finetune import last_checkpoint
+
+    (tmp_path / "small-qwen3-moe").symlink_to(whole / "small-qwen3-moe")
+    good = tmp_path / "checkpoints" / "checkpoint-16"
+    shutil.copytree(adapter / "checkpoints" / "checkpoint-16", good)
+    before = {path.name: path.read_bytes() for path in good.iterdir()}
+    weights, states = (len(before[name]) for name in ("adapter_model.safetensors", "optimizer.pt"))
+    most = (weights + states) // 2
+    finetune(
+        "--dataset", text, "--output", tmp_path, "--steps", STEPS, "--resume", *ADAPTER, code=1,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+    )  # fmt: skip
+    broken = tmp_path / "checkpoints" / f"checkpoint-{STEPS}"
+    assert (broken / "adapter_model.safetensors").exists() and not (broken / "trainer_state.json").exists()
+    assert last_checkpoint(tmp_path / "checkpoints") == good
+    assert {path.name: path.read_bytes() for path in good.iterdir()} == before
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("triton_interpret", ["1", pytest.param("0", marks=pytest.mark.gpu)])
@@ -173,7 +226,25 @@ def test_a_run_that_does_not_fit_is_told_so_before_it_starts(finetune, whole, te
     assert not list(tmp_path.iterdir())
 
 
-def test_out_of_memory_says_what_to_lower(whole, text, tmp_path, kernel_dir, monkeypatch):
+def test_a_run_that_fits_without_graphs_is_told_so(whole, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import finetune
+
+    model = ("--model", str(whole / "small-qwen3-moe"), "--seq-len", "2048")
+
+    def peak(graphs: str) -> float:
+        plan = finetune.check(finetune.parse([*model, graphs, "--gpu-memory", "80"]))
+        return plan.peak / 2**30
+
+    assert peak("--no-graphs") < peak("--graphs")
+    between = str((peak("--no-graphs") + peak("--graphs")) / 2)
+    assert finetune.check(finetune.parse([*model, "--no-graphs", "--gpu-memory", between])).fits
+    with pytest.raises(SystemExit, match=r"does not fit: lower --seq-len.*\. It fits with --no-graphs\."):
+        finetune.check(finetune.parse([*model, "--graphs", "--gpu-memory", between]))
+
+
+@pytest.mark.parametrize("graphs", ["--graphs", "--no-graphs"])
+def test_out_of_memory_says_what_to_lower(whole, text, tmp_path, kernel_dir, monkeypatch, graphs):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import finetune
 
@@ -189,9 +260,11 @@ def test_out_of_memory_says_what_to_lower(whole, text, tmp_path, kernel_dir, mon
 
     monkeypatch.setattr(finetune, "make_trainer", lambda *_: Full())
     model = ("--model", str(whole / "small-qwen3-moe"), "--output", str(tmp_path), "--kernel", str(kernel_dir))
-    options = finetune.parse([*model, "--dataset", str(text), "--seq-len", "32", "--gpu-memory", "2"])
-    with pytest.raises(SystemExit, match=r"(?s)Tried to allocate.*Out of memory: lower --seq-len.*fit: \d+ tokens"):
+    options = finetune.parse([*model, "--dataset", str(text), "--seq-len", "32", "--gpu-memory", "2", graphs])
+    wanted = r"(?s)Tried to allocate.*Out of memory: lower --seq-len.*fit: \d+ tokens\."
+    with pytest.raises(SystemExit, match=wanted) as stopped:
         finetune.train(options)
+    assert ("--no-graphs takes less" in str(stopped.value)) == (graphs == "--graphs")
 
 
 def test_the_clock_counts_steps_and_no_pauses(monkeypatch):
