@@ -153,6 +153,24 @@ def test_statistics_that_do_not_fit_are_named(kernel, device, spoil, message):
         kernel.fused_experts(*inputs[:3], gate_up, inputs.down_proj)
 
 
+def test_what_is_not_packed_and_what_is_packed_are_not_confused(kernel):
+    inputs = Problem(H=64, I=64).draw("cpu", torch.float32)
+    packed = Quantization().quantize(inputs.gate_up_proj)
+    with pytest.raises(
+        TypeError, match=r"gate_up_proj is in 4 bit: pass four_bit_weight\(gate_up_proj\), got Params4bit"
+    ):
+        kernel.fused_experts(*inputs[:3], packed, inputs.down_proj)
+    for parameter in (torch.nn.Parameter(inputs.down_proj), Params4bit(inputs.down_proj), None):
+        kind = type(parameter).__name__
+        with pytest.raises(
+            TypeError, match=f"must be a Params4bit that is quantized, got {kind} without a quant_state"
+        ):
+            kernel.four_bit_weight(parameter)
+    for weight in (inputs.down_proj, packed):
+        with pytest.raises(TypeError, match=f"weight must be a FourBitWeight, .*, got {type(weight).__name__}"):
+            kernel.dequantize(weight)
+
+
 def test_4_bit_experts_stored_transposed_keep_their_own_forward(kernel):
     module = Experts(Problem(H=64, I=64).draw("cpu", torch.float32))
     module.gate_up_proj = Quantization().quantize(module.gate_up_proj.detach())

@@ -24,8 +24,15 @@ def four_bit_weight(parameter: Tensor, quant_state=None) -> FourBitWeight:
     Args:
         parameter: its data are the packed weights, in any storage dtype.
         quant_state: bitsandbytes' description of them; by default that of ``parameter``.
+
+    Raises:
+        TypeError: there is no description, so the parameter is in full precision or not quantized yet.
     """
-    state = parameter.quant_state if quant_state is None else quant_state
+    state = getattr(parameter, "quant_state", None) if quant_state is None else quant_state
+    if state is None:
+        raise TypeError(
+            f"parameter must be a Params4bit that is quantized, got {type(parameter).__name__} without a quant_state"
+        )
     nested = state.state2 if state.nested else None
     return FourBitWeight(
         packed=parameter.detach().reshape(-1).view(torch.uint8),
@@ -52,6 +59,8 @@ def dequantize(weight: FourBitWeight, dtype: Optional[torch.dtype] = None) -> Te
     Raises:
         TypeError, ValueError: naming the field of ``weight``, what it got and what it wants.
     """
+    if not isinstance(weight, FourBitWeight):
+        raise TypeError(f"weight must be a FourBitWeight, as four_bit_weight gives it, got {type(weight).__name__}")
     check_four_bit("weight", weight)
     dtype = dtype or weight.dtype
     if dtype not in KERNEL_FLOATS:

@@ -160,6 +160,8 @@ def check_weight(name: str, weight: Weight, dims: str) -> None:
     """``dims`` is written as in the docstrings, for example ``"(E, 2I, H)"``."""
     if isinstance(weight, FourBitWeight):
         check_four_bit(name, weight)
+    elif isinstance(weight, Tensor) and weight.dim() != 3 and getattr(weight, "quant_state", None) is not None:
+        raise TypeError(f"{name} is in 4 bit: pass four_bit_weight({name}), got {type(weight).__name__}")
     else:
         check_dims(name, weight, dims)
 
