@@ -93,6 +93,16 @@ def test_the_peak_is_what_train_step_measured_on_an_h100(layers, tokens, measure
     assert (plan.peak - plan.parts["CUDA context"]) / GIB == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("layers", "tokens", "rank", "reserved"),
+    [(8, 1024, 16, 4.60), (8, 4096, 16, 5.48), (8, 8192, 16, 7.01), (48, 4096, 16, 20.83), (48, 8192, 8, 20.81)],
+)
+def test_in_graphs_it_is_what_train_step_found_reserved_on_an_h100(layers, tokens, rank, reserved):
+    step = Step(tokens, rank=rank, expert_rank=rank, graphs=True)
+    plan = make_plan(model(**PUBLISHED | dict(num_hidden_layers=layers)), step, 24 * GIB)
+    assert (plan.peak - plan.parts["CUDA context"]) / GIB == pytest.approx(reserved, rel=0.03)
+
+
 @pytest.mark.parametrize("rank", [4, 0])
 def test_a_layer_s_backward_reads_what_is_counted(source, rank):
     tokens, sizes = 1000, SMALL | dict(num_attention_heads=6, head_dim=16, num_experts=16)
