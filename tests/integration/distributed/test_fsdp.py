@@ -1,7 +1,8 @@
 """FSDP2 (``fully_shard``): parameters lie in halves, and the kernel reads them gathered, whatever wraps them."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeExperts
 
+from qwen3_moe_integration import enable_graphed_checkpointing
+from tests.integration import graphs
 from tests.integration.distributed import training
 from tests.integration.models import ExpertsCalls
 
@@ -30,10 +33,10 @@ def shard(model: nn.Module, wrapped: str, **settings: Any) -> nn.Module:
     return fully_shard(model, **settings)
 
 
-def train(source, checkpoint, kind: str, wrapped: str, checkpointing: bool) -> None:
+def train(source, checkpoint, kind: str, wrapped: str, checkpointing: Optional[Callable] = None) -> None:
     alone, model = training.twins(kind, source, checkpoint)
     if checkpointing:
-        training.with_checkpointing(model)
+        checkpointing(model)
     shard(model, wrapped)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     for counted in (True, False):  # the second step reads what the first has changed
@@ -52,13 +55,25 @@ def train(source, checkpoint, kind: str, wrapped: str, checkpointing: bool) -> N
 @pytest.mark.parametrize("kind", training.KINDS)
 @pytest.mark.parametrize("wrapped", WRAPPED)
 def test_training_is_that_of_one_process(on_two_ranks, source, checkpoint, kind, wrapped):
-    on_two_ranks(train, source, checkpoint, kind, wrapped, False)
+    on_two_ranks(train, source, checkpoint, kind, wrapped)
 
 
 @pytest.mark.parametrize("kind", ["dense", "4 bit"])
 @pytest.mark.parametrize("wrapped", ["layers", "experts"])
 def test_training_with_checkpointing_is_that_of_one_process(on_two_ranks, source, checkpoint, kind, wrapped):
-    on_two_ranks(train, source, checkpoint, kind, wrapped, True)
+    on_two_ranks(train, source, checkpoint, kind, wrapped, training.with_checkpointing)
+
+
+def in_graphs(model: nn.Module) -> None:
+    """None is recorded: what is in halves has hooks."""
+    graphs.stand_in()
+    enable_graphed_checkpointing(model)
+
+
+@pytest.mark.parametrize("kind", ["dense", "4 bit"])
+@pytest.mark.parametrize("wrapped", ["layers", "experts"])
+def test_layers_that_were_to_run_in_graphs_are_checkpointed_as_usual(on_two_ranks, source, checkpoint, kind, wrapped):
+    on_two_ranks(train, source, checkpoint, kind, wrapped, in_graphs)
 
 
 def stacks(experts: nn.Module) -> list[torch.Tensor]:
