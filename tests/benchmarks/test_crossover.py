@@ -64,6 +64,7 @@ def test_imbalance_gives_few_experts_nearly_all_rows(imbalance, least, most, mon
     make_inputs = crossover.make_inputs
     monkeypatch.setattr(crossover, "make_inputs", recorded)
     monkeypatch.setattr(crossover, "time_ways", lambda *_: dict.fromkeys((*crossover.WAYS, crossover.CHOSEN)))
+    monkeypatch.setattr(crossover, "draw", lambda *_: None)
     arguments = ["--device", "cpu", "--kernel", str(kernel_dir), "--out", str(tmp_path), "--rows", "256"]
     assert crossover.main([*arguments, "--shape", "64", "32", "128", "8", "--imbalance", str(imbalance)]) == 0
     rows = drawn[-1].top_k_index.flatten().bincount(minlength=128).sort(descending=True).values
