@@ -42,6 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4096, help="of a sequence")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA on attention and all experts")
+    parser.add_argument("--graphs", action="store_true", help="layers of alone and ddp in CUDA graphs")
     parser.add_argument("--steps", type=int, default=8, help="the first two are not counted")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: tries this script, on a CPU too")
     return parser.parse_args(argv)
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
                 "layers": options.layers,
                 "tokens": options.tokens,
                 "rank": options.rank,
+                "graphs": options.graphs,
                 "runs": runs,
             },
             options.out,
@@ -83,7 +85,7 @@ def run(engine: str, options: argparse.Namespace, device: torch.device) -> dict:
     kernel = KernelSource(path=options.kernel) if options.kernel else KernelSource()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    model = build(engine, sizes, options.rank, kernel, device)
+    model = build(engine, sizes, options.rank, kernel, device, options.graphs)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     torch.manual_seed(distributed.get_rank())

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 from transformers.distributed import DistributedConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
-from qwen3_moe_integration import KernelSource, kernelize_model, register
+from qwen3_moe_integration import KernelSource, enable_graphed_checkpointing, kernelize_model, register
 
 from .model import random_4_bit_model
 from .training import LOSS_CHUNK, add_lora, apply_liger, checkpointed, liger_runs
@@ -36,7 +36,9 @@ def loss_options(engine: str, device: torch.device) -> dict:
     return {"chunk_mem_const": LOSS_CHUNK} if engine in LORA_ENGINES and liger_runs(device.type) else {}
 
 
-def build(engine: str, sizes: Qwen3MoeConfig, rank: int, kernel: KernelSource, device: torch.device) -> nn.Module:
+def build(
+    engine: str, sizes: Qwen3MoeConfig, rank: int, kernel: KernelSource, device: torch.device, graphs: bool
+) -> nn.Module:
     """The model, wrapped and ready to train.
 
     Args:
@@ -45,6 +47,7 @@ def build(engine: str, sizes: Qwen3MoeConfig, rank: int, kernel: KernelSource, d
         rank: of the LoRA on attention and all experts, where there is one.
         kernel: where the kernel comes from.
         device: this process's.
+        graphs: whether the layers of LoRA engines are checkpointed by CUDA graphs; what FSDP2 shards cannot be.
     """
     torch.manual_seed(0)
     if engine == "ep":
@@ -58,6 +61,8 @@ def build(engine: str, sizes: Qwen3MoeConfig, rank: int, kernel: KernelSource, d
         if liger_runs(device.type):
             apply_liger(model)
         model = add_lora(kernelize_model(checkpointed(model), kernel=kernel), rank)
+        if graphs:
+            enable_graphed_checkpointing(model)
     if engine == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     if engine in ("fsdp2", "whole"):

@@ -19,7 +19,7 @@ def measure(arguments: list[str]) -> None:
 
 def test_every_engine_trains_and_is_measured(kernel_dir, tmp_path):
     start_server()
-    arguments = ["--tiny", "--layers", "2", "--tokens", "24", "--steps", "4"]
+    arguments = ["--tiny", "--layers", "2", "--tokens", "24", "--steps", "4", "--graphs"]
     run_on_ranks(2, measure, [*arguments, "--kernel", str(kernel_dir), "--out", str(tmp_path)])
     result = json.loads((tmp_path / "scaling.json").read_text())
     runs = {run["engine"]: run for run in result["runs"]}
