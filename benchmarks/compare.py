@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import time
@@ -22,6 +21,7 @@ from harness import four_bit
 from harness.cold_start import cold_start
 from harness.contest import Contest, DeviceLostError, attempt, has_room
 from harness.environment import ceilings, environment, kernel_identity
+from harness.files import write_whole
 from harness.measure import wall_time
 from harness.options import parse
 from harness.peers import Peer, load_kernel, loaders
@@ -54,13 +54,9 @@ class Run:
         }
 
     def save(self) -> None:
-        """Writes beside and renames: whoever reads it finds a whole file."""
-        self.options.out.mkdir(parents=True, exist_ok=True)
         stem = "compare-four-bit" if self.options.four_bit else "compare"
-        for name, text in (("json", json.dumps(self.results, indent=1)), ("md", report(self.results))):
-            beside = self.options.out / f".{stem}.{name}.{os.getpid()}"
-            beside.write_text(text)
-            beside.replace(self.options.out / f"{stem}.{name}")
+        write_whole(self.options.out / f"{stem}.json", json.dumps(self.results, indent=1))
+        write_whole(self.options.out / f"{stem}.md", report(self.results))
 
     def say(self, text: str) -> None:
         print(f"[{time.perf_counter() - self.start:6.1f} s] {text}", flush=True)

@@ -22,6 +22,7 @@ import torch
 from harness.adapters import as_peft_stores_them, make_factors, ours, reference, run, split
 from harness.contest import attempt
 from harness.environment import environment, kernel_identity
+from harness.files import write_whole
 from harness.measure import poison_free_memory, repeats, summary, time_calls, time_graph, wall_time
 from harness.peers import load_kernel
 from harness.problem import TOLERANCE, Shape, Weights, make_inputs, make_weights, relative_error, train_weights
@@ -141,11 +142,8 @@ def brief(record: dict) -> str:
 
 
 def save(results: dict, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("json", json.dumps(results, indent=1)), ("md", report(results))):
-        beside = folder / f".compare-lora.{name}"
-        beside.write_text(text)
-        beside.replace(folder / f"compare-lora.{name}")
+    write_whole(folder / "compare-lora.json", json.dumps(results, indent=1))
+    write_whole(folder / "compare-lora.md", report(results))
 
 
 def report(results: dict) -> str:

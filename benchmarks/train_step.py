@@ -14,16 +14,14 @@ train_step-*.json and train_step-*.md into --out.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from harness.environment import environment
 from harness.model import TINY, config, random_4_bit_model
-from harness.step import GIB, adam, command, measure, profiled, token_ids, training_step, write
+from harness.step import GIB, adam, command, results, training_step, write
 from harness.training import LOSS_CHUNK, add_lora, apply_liger, checkpointed
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -86,29 +84,14 @@ def main(argv: list[str] | None = None) -> None:
     built = time.perf_counter() - started
     loss_options = {"chunk_mem_const": options.loss_chunk} if options.liger else {}
     step = training_step(model, adam(model, device, waits=options.stock), **loss_options)
-    runs = []
-    for tokens in options.tokens:
-        run = measure(step, token_ids(model, tokens), options.steps, device)
-        if not options.stock:
-            wanted = Step(
-                tokens, rank=options.rank, expert_rank=options.rank, liger=options.liger, graphs=options.graphs
-            )
-            planned = make_plan(in_full, replace(wanted, chunked_loss=options.liger), 24 * GIB)
-            run["planned_gib"] = (planned.peak - planned.parts["CUDA context"]) / GIB
-        runs.append(run)
-        print(json.dumps(runs[-1]), flush=True)
-    result = {
-        "command": command("train_step.py", argv or sys.argv[1:]),
-        "environment": environment(device),
-        "stock": options.stock,
-        "layers": options.layers,
-        "rank": options.rank,
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "seconds_to_build": built,
-        "runs": runs,
-    }
-    if options.profile:
-        result["profile"] = profiled(step, token_ids(model, options.profile), device)
+    result = results(model, step, options, device, built)
+    result |= {"command": command("train_step.py", argv or sys.argv[1:]), "stock": options.stock}
+    for run in result["runs"] if not options.stock else ():
+        wanted = Step(
+            run["tokens"], rank=options.rank, expert_rank=options.rank, liger=options.liger, graphs=options.graphs
+        )
+        planned = make_plan(in_full, replace(wanted, chunked_loss=options.liger), 24 * GIB)
+        run["planned_gib"] = (planned.peak - planned.parts["CUDA context"]) / GIB
     kind = ("-stock" if options.stock else "") + ("-graphs" if options.graphs else "")
     write(result, options.out, f"train_step-{options.layers}-layers{kind}")
 

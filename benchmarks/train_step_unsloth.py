@@ -10,7 +10,6 @@ with random weights is made in --checkpoints first, 1.3 GB a layer, and stays th
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import shutil
 import sys
@@ -18,9 +17,8 @@ import time
 from pathlib import Path
 
 import torch
-from harness.environment import environment
 from harness.peers import installed
-from harness.step import adam, command, measure, profiled, token_ids, training_step, write
+from harness.step import adam, command, results, training_step, write
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -106,22 +104,12 @@ def main(argv: list[str] | None = None) -> None:
     model = build(options, folder)
     built = time.perf_counter() - started
     step = training_step(model, adam(model, device))
-    runs = []
-    for tokens in options.tokens:
-        runs.append(measure(step, token_ids(model, tokens), options.steps, device))
-        print(json.dumps(runs[-1]), flush=True)
-    result = {
+    result = results(model, step, options, device, built)
+    result["environment"]["unsloth"] = installed("unsloth")
+    result |= {
         "command": command("train_step_unsloth.py", argv or sys.argv[1:]),
-        "environment": environment(device) | {"unsloth": installed("unsloth")},
         "experts": "this kernel" if options.kernel else "Unsloth",
-        "layers": options.layers,
-        "rank": options.rank,
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "seconds_to_build": built,
-        "runs": runs,
     }
-    if options.profile:
-        result["profile"] = profiled(step, token_ids(model, options.profile), device)
     kind = ("-kernel" if options.kernel else "") + ("-graphs" if options.graphs else "")
     write(result, options.out, f"train_step-{options.layers}-layers-unsloth{kind}")
 

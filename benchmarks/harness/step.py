@@ -5,6 +5,7 @@ The same tokens come back every step, so the loss must fall.
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from .environment import environment
+from .files import write_whole
 from .measure import synchronize
 
 GIB = 2**30
@@ -93,6 +96,28 @@ def measure(step: Step, ids: torch.Tensor, steps: int, device: str) -> dict:
     }
 
 
+def results(model: nn.Module, step: Step, options: argparse.Namespace, device: str, built: float) -> dict:
+    """Runs every length that ``options.tokens`` names, printing as it goes, and profiles ``options.profile``.
+
+    ``built`` is how many seconds the model took to make.
+    """
+    runs = []
+    for tokens in options.tokens:
+        runs.append(measure(step, token_ids(model, tokens), options.steps, device))
+        print(json.dumps(runs[-1]), flush=True)
+    result = {
+        "environment": environment(device),
+        "layers": options.layers,
+        "rank": options.rank,
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "seconds_to_build": built,
+        "runs": runs,
+    }
+    if options.profile:
+        result["profile"] = profiled(step, token_ids(model, options.profile), device)
+    return result
+
+
 def profiled(step: Step, ids: torch.Tensor, device: str, steps: int = 3) -> dict:
     """Time of every kernel a step, longest first, and the share of a step in which the GPU runs none.
 
@@ -123,8 +148,7 @@ def profiled(step: Step, ids: torch.Tensor, device: str, steps: int = 3) -> dict
 
 def write(result: dict, folder: Path, name: str) -> None:
     """Into ``name``.json and, as tables, ``name``.md; prints the tables."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
     lines = [
         f"# Training step, {result['layers']} layers, LoRA rank {result['rank']}",
         "",
@@ -150,5 +174,5 @@ def write(result: dict, folder: Path, name: str) -> None:
         for row in found["kernels"][:40]:
             share = row["us"] / found["busy_us"]
             lines.append(f"| {row['launches']:g} | {row['us']:.0f} | {share:.0%} | {row['name'][:100]} |")
-    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+    write_whole(folder / f"{name}.md", "\n".join(lines) + "\n")
     print("\n".join(lines[:60]))

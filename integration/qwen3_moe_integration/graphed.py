@@ -155,6 +155,7 @@ def _state(layer: nn.Module) -> list:
             module._forward_hooks
             or module._forward_pre_hooks
             or module._backward_hooks
+            or module._backward_pre_hooks
             or "_hf_hook" in module.__dict__
         ):
             raise _NotRecordableError(f"its {type(module).__name__} has hooks, which a graph would not call")

@@ -194,7 +194,7 @@ def test_frozen_layers_before_the_first_trained_one_are_left_alone(twins, device
     assert recordings(twins[0]) == 1
 
 
-@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_hooks_are_called(twins, device, kind):
     called = []
     module = layers(twins[0])[1].mlp.gate

@@ -4,7 +4,7 @@ Ops take plain tensors and numbers and return tensors, so each projection comes 
 ``Projection.flatten``.
 """
 
-from typing import List, Optional, Tuple
+from typing import Tuple
 
 import torch
 
@@ -17,91 +17,31 @@ Tensor = torch.Tensor
 SAVED_BY_OP = 6  # out, pre_activation, two low_rank, order, m_sizes; see _run_forward
 
 
-@torch.library.custom_op(add_op_namespace_prefix("fused_experts"), mutates_args=(), device_types="cuda")
-def forward_op(
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    gate_up_absmax: Optional[Tensor],
-    gate_up_code: Optional[Tensor],
-    gate_up_nested_absmax: Optional[Tensor],
-    gate_up_nested_code: Optional[Tensor],
-    gate_up_nested_offset: Optional[Tensor],
-    gate_up_numbers: List[int],
-    gate_up_A: Optional[Tensor],
-    gate_up_B: Optional[Tensor],
-    gate_up_scaling: float,
-    gate_up_dropout: float,
-    down_proj: Tensor,
-    down_absmax: Optional[Tensor],
-    down_code: Optional[Tensor],
-    down_nested_absmax: Optional[Tensor],
-    down_nested_code: Optional[Tensor],
-    down_nested_offset: Optional[Tensor],
-    down_numbers: List[int],
-    down_A: Optional[Tensor],
-    down_B: Optional[Tensor],
-    down_scaling: float,
-    down_dropout: float,
-    seed: Optional[Tensor],
-    activation: str,
-    save: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _run_forward(
-        "cuda", hidden_states, top_k_index, top_k_weights,
-        gate_up_proj, gate_up_absmax, gate_up_code, gate_up_nested_absmax, gate_up_nested_code,
-        gate_up_nested_offset, gate_up_numbers, gate_up_A, gate_up_B, gate_up_scaling, gate_up_dropout,
-        down_proj, down_absmax, down_code, down_nested_absmax, down_nested_code,
-        down_nested_offset, down_numbers, down_A, down_B, down_scaling, down_dropout, seed, activation, save,
-    )  # fmt: skip
+_PROJECTION = (
+    "Tensor {0}_proj, Tensor? {0}_absmax, Tensor? {0}_code, Tensor? {0}_nested_absmax, Tensor? {0}_nested_code, "
+    "Tensor? {0}_nested_offset, int[] {0}_numbers, Tensor? {0}_A, Tensor? {0}_B, float {0}_scaling, float {0}_dropout"
+)
+_LAYER = (
+    "Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, "
+    f"{_PROJECTION.format('gate_up')}, {_PROJECTION.format('down')}, Tensor? seed, str activation"
+)
+_SAVED = "Tensor pre_activation, Tensor low_rank_gate_up, Tensor low_rank_down, Tensor order, Tensor m_sizes"
 
 
-@torch.library.custom_op(add_op_namespace_prefix("fused_experts_backward"), mutates_args=(), device_types="cuda")
-def backward_op(
-    grad_output: Tensor,
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    gate_up_absmax: Optional[Tensor],
-    gate_up_code: Optional[Tensor],
-    gate_up_nested_absmax: Optional[Tensor],
-    gate_up_nested_code: Optional[Tensor],
-    gate_up_nested_offset: Optional[Tensor],
-    gate_up_numbers: List[int],
-    gate_up_A: Optional[Tensor],
-    gate_up_B: Optional[Tensor],
-    gate_up_scaling: float,
-    gate_up_dropout: float,
-    down_proj: Tensor,
-    down_absmax: Optional[Tensor],
-    down_code: Optional[Tensor],
-    down_nested_absmax: Optional[Tensor],
-    down_nested_code: Optional[Tensor],
-    down_nested_offset: Optional[Tensor],
-    down_numbers: List[int],
-    down_A: Optional[Tensor],
-    down_B: Optional[Tensor],
-    down_scaling: float,
-    down_dropout: float,
-    seed: Optional[Tensor],
-    activation: str,
-    pre_activation: Tensor,
-    low_rank_gate_up: Tensor,
-    low_rank_down: Tensor,
-    order: Tensor,
-    m_sizes: Tensor,
-    wanted: List[bool],
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _run_backward(
-        "cuda", grad_output, hidden_states, top_k_index, top_k_weights,
-        gate_up_proj, gate_up_absmax, gate_up_code, gate_up_nested_absmax, gate_up_nested_code,
-        gate_up_nested_offset, gate_up_numbers, gate_up_A, gate_up_B, gate_up_scaling, gate_up_dropout,
-        down_proj, down_absmax, down_code, down_nested_absmax, down_nested_code,
-        down_nested_offset, down_numbers, down_A, down_B, down_scaling, down_dropout, seed, activation,
-        pre_activation, low_rank_gate_up, low_rank_down, order, m_sizes, wanted,
-    )  # fmt: skip
+def _op(name: str, arguments: str, results: int):
+    """Decorates the function that computes an op on a GPU; its results are tensors."""
+    schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
+    return torch.library.custom_op(add_op_namespace_prefix(name), mutates_args=(), device_types="cuda", schema=schema)
+
+
+@_op("fused_experts", f"{_LAYER}, bool save", results=SAVED_BY_OP)
+def forward_op(*inputs):
+    return _run_forward("cuda", *inputs)
+
+
+@_op("fused_experts_backward", f"Tensor grad_output, {_LAYER}, {_SAVED}, bool[] wanted", results=len(Gradients._fields))
+def backward_op(*inputs):
+    return _run_backward("cuda", *inputs)
 
 
 def _run_forward(device: str, hidden_states, top_k_index, top_k_weights, *rest) -> Tuple[Tensor, ...]:
