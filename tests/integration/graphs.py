@@ -11,28 +11,34 @@ from qwen3_moe_integration import graphed
 
 
 class Redone:
-    """Takes the place of a device, and counts how often its work is done."""
+    """Takes the place of a device and of its random numbers, and keeps where these stood whenever work was done."""
 
     def __init__(self, device: torch.device):
         self.generator = self
         self.buffers = graphed._Buffers()
-        self.recorded = self.replayed = 0
+        self.recorded = self.offset = 0
+        self.offsets: list[int] = []
         made.append(self)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         self.recorded += 1
 
         def replay() -> None:
-            self.replayed += 1
+            self.offsets.append(self.offset)
+            self.offset += 4
             work()
 
         return replay
 
+    @property
+    def replayed(self) -> int:
+        return len(self.offsets)
+
     def get_offset(self) -> int:
-        return 0
+        return self.offset
 
     def set_offset(self, offset: int) -> None:
-        assert offset == 0
+        self.offset = offset
 
 
 made: list[Redone] = []

@@ -163,6 +163,18 @@ def test_under_autocast(kernel_dir, device):
     assert recordings(model) == 4
 
 
+def test_backward_draws_the_random_numbers_of_its_own_forward(kernel_dir, monkeypatch):
+    graphs.stand_in(monkeypatch.setattr)
+    model, _ = twins_of(kernel_dir, "cpu")
+    batch = tokens()
+    model(input_ids=batch, labels=batch).loss.backward()
+    sum(model(input_ids=batch, labels=batch).loss for _ in range(2)).backward()
+    (recorder,) = graphs.made
+    forward, backward = recorder.offsets[:4], recorder.offsets[4:]
+    assert forward == [0, 4, 8, 12] and sorted(backward) == forward  # two layers, twice each
+    assert recorder.offset == 16  # where the forwards left it
+
+
 @pytest.mark.gpu
 def test_dropout_drops_the_same_as_without_graphs(kernel_dir):
     graphed._warn_once.cache_clear()
