@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 
 from harness.environment import environment
+from harness.files import write_whole
 from harness.options import parse
 from harness.peers import load_kernel, loaders
 from harness.problem import Layer, Weights, make_inputs, make_weights, run_pass, train_weights
@@ -34,10 +36,10 @@ def main(argv: list[str] | None = None) -> None:
                 rows = profile_pass(peer.layer, which, tokens, weights, options)
                 profiles.append({"peer": peer.name, "tokens": tokens, "pass": which, "device_ops": rows})
     text = "\n\n".join(table(entry) for entry in profiles) + "\n"
-    options.out.mkdir(parents=True, exist_ok=True)
-    result = {"environment": environment(options.device), "profiles": profiles}
-    (options.out / "profile.json").write_text(json.dumps(result, indent=1))
-    (options.out / "profile.md").write_text(text)
+    command = shlex.join(["python", "benchmarks/profile_layer.py", *argv])
+    result = {"command": command, "environment": environment(options.device), "profiles": profiles}
+    write_whole(options.out / "profile.json", json.dumps(result, indent=1) + "\n")
+    write_whole(options.out / "profile.md", f"`{command}`\n\n{text}")
     print(text)
 
 

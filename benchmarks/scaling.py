@@ -49,7 +49,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parse(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    options = parse(arguments)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     if distributed.get_rank() == 0:
         write(
             {
-                "command": shlex.join(["python", "benchmarks/scaling.py", *(sys.argv[1:] if argv is None else argv)]),
+                "command": shlex.join(["torchrun", f"--nproc-per-node={ranks}", "benchmarks/scaling.py", *arguments]),
                 "environment": environment(device.type),
                 "ranks": ranks,
                 "layers": options.layers,

@@ -1,5 +1,6 @@
 """Fixtures every test shares: the kernel as a user gets it (built, then loaded by ``kernels``), devices and dtypes."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def freed(request):
+    """Leaves the GPU to other processes: what a test has freed, PyTorch would keep for this one."""
+    yield
+    if "gpu" in request.node.keywords:
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ def test_every_engine_trains_and_is_measured(kernel_dir, tmp_path):
     run_on_ranks(2, measure, [*arguments, "--kernel", str(kernel_dir), "--out", str(tmp_path)])
     result = json.loads((tmp_path / "scaling.json").read_text())
     runs = {run["engine"]: run for run in result["runs"]}
+    assert result["command"].startswith("torchrun --nproc-per-node=2 benchmarks/scaling.py --tiny")
     assert [*runs] == ["alone", "ddp", "fsdp2", "whole", "ep"] and result["ranks"] == 2
     for run in runs.values():
         assert run["last_loss"] < run["first_loss"]

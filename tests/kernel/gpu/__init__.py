@@ -4,4 +4,7 @@ Sizes are compile-time constants of the Triton kernels, so these tests vary toke
 widths. To look for stray accesses on small shapes:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m pytest tests/kernel/gpu -k odd
+    compute-sanitizer --tool racecheck python -m pytest tests/kernel/gpu -k odd
+
+What these found last is in benchmarks/results/nvidia-h100/compute-sanitizer.txt.
 """
