@@ -22,6 +22,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -267,17 +268,19 @@ class _Recording:
             state = self.state.detach().requires_grad_(hidden_states.requires_grad)
             with torch.enable_grad(), _fresh(layer.__self__, self.parameters) as leaves:
                 with _for_gradients(layer.__self__):
-                    output = run(state)
+                    # Of the result only where it came from: nothing reads it, and its memory serves backward.
+                    end = get_gradient_edge(run(state))
                 # Without autocast, as loss.backward() is called.
                 with torch.autocast(kind, enabled=False):
                     wanted = [*leaves, state] if state.requires_grad else leaves
-                    grads = torch.autograd.grad(output, wanted, self.grad, allow_unused=True)
+                    grads = torch.autograd.grad(end, wanted, self.grad, allow_unused=True)
             self.used = [grad is not None for grad in grads[: len(leaves)]]
             buffers = zip([*self.grads, self.grad], grads)
             torch._foreach_copy_(*map(list, zip(*(pair for pair in buffers if pair[1] is not None))))
 
         try:
-            self.forward, self.backward = device.record(forward), device.record(backward)
+            # The one that takes more memory comes first: what it leaves in the pool then holds the other.
+            self.backward, self.forward = device.record(backward), device.record(forward)
         except torch.OutOfMemoryError:
             raise  # by its own name, for those who lower something and go on
         except Exception as error:
