@@ -33,7 +33,8 @@ class Compiler:
         self.compiled: list[str] = []
         self.in_turn: list[str] = []  # of these, by a launch that waited for it
         self.launched: list[str] = []
-        self.broken = ""
+        self.launchers: list[tuple[str, threading.Thread]] = []  # of which kernels, and who built them
+        self.broken = self.without_launcher = ""
         self.on_compile: Callable[[str], None] = lambda name: None
 
     def get_current_device(self) -> object:
@@ -44,6 +45,12 @@ class Compiler:
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, src, metadata) -> None:
+        """Triton's calls the C compiler."""
+        if metadata.name == self.without_launcher:
+            raise RuntimeError(f"{metadata.name} has no launcher")
+        self.launchers.append((metadata.name, threading.current_thread()))
 
     def compile(self, kernel, key, signature, device, constexprs, options, attrs, warmup):
         """``JITFunction._do_compile``."""
@@ -69,7 +76,7 @@ class Compiled(SimpleNamespace):
     function, packed_metadata = 0, ()
 
     def __init__(self, name: str, compiler: Compiler):
-        super().__init__(name=name, compiler=compiler)
+        super().__init__(name=name, compiler=compiler, src=None, metadata=SimpleNamespace(name=name))
 
     def launch_metadata(self, *args) -> None:
         return None
@@ -114,8 +121,8 @@ class Layer:
         hidden = torch.empty(tokens, H, dtype=BF16, requires_grad=True)
         self.tokens = hidden, torch.empty(tokens, K, dtype=torch.int64), torch.empty(tokens, K, dtype=BF16)
 
-    def forward(self, save: bool = True) -> tuple:
-        return self.experts.experts_forward(*self.tokens, *self.projections, None, "silu", save)
+    def forward(self, save: bool = True, result: bool = True) -> tuple:
+        return self.experts.experts_forward(*self.tokens, *self.projections, None, "silu", save, result)
 
     def backward(self, saved: tuple) -> tuple:
         wanted = self.projection.Gradients(True, True, *[self.trained] * 2, *[self.adapted] * 4)
@@ -183,6 +190,46 @@ def test_the_layer_itself_compiles_all_in_forward(kernel, compiler, monkeypatch)
 def test_inference_compiles_no_kernel_of_backward(kernel, compiler):
     Layer(kernel, "dense").forward(save=False)
     assert sorted(set(compiler.compiled)) == sorted(set(compiler.launched)) and compiler.launched
+
+
+@pytest.mark.parametrize("kind", ["adapters", "4 bit with adapters"])
+def test_a_call_without_gradients_compiles_all_of_a_checkpointed_step(kernel, compiler, kind):
+    layer = Layer(kernel, kind)
+    with torch.no_grad():
+        for at, (weight, lora) in enumerate(layer.projections):
+            views = (factor.view(factor.shape) for factor in lora[:2])  # made without gradients, they require none
+            layer.projections[at] = layer.projection.Projection(weight, lora.__class__(*views))
+    layer.forward(save=False)
+    known = len(compiler.compiled)
+    assert {"_down_backward_kernel", "factor_grads_kernel"} <= set(compiler.compiled) - set(compiler.launched)
+    layer.step()
+    _, *saved = layer.forward(result=False)
+    layer.backward(tuple(saved))
+    assert len(compiler.compiled) == known and not compiler.in_turn
+
+
+def test_inference_with_adapters_that_are_not_trained_compiles_no_kernel_of_backward(kernel, compiler):
+    layer = Layer(kernel, "4 bit with adapters")
+    for _, lora in layer.projections:
+        for factor in lora[:2]:
+            factor.requires_grad_(False)
+    layer.forward(save=False)
+    assert sorted(set(compiler.compiled)) == sorted(set(compiler.launched)) and compiler.launched
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_whoever_compiles_a_kernel_builds_its_launcher(kernel, compiler, kind):
+    Layer(kernel, kind).step()
+    names, threads = zip(*compiler.launchers)
+    assert sorted(names) == sorted(compiler.compiled) and threading.main_thread() not in threads
+
+
+def test_a_launcher_that_cannot_be_built_is_left_to_the_launch(kernel, compiler):
+    compiler.without_launcher = "_combine_kernel"
+    layer = Layer(kernel, "dense")
+    with pytest.warns(match="one after the other.*_combine_kernel has no launcher"):
+        layer.forward()
+    assert compiler.launched[-1] == "_combine_kernel"
 
 
 def test_backward_with_other_gradients_compiles_the_rest_at_once(kernel, compiler):
@@ -282,4 +329,10 @@ def test_tritons_own_compiler_does_it_in_threads(kernel, absent_card, monkeypatc
     first_call._rehearse(call, ())
     compiled = _fill.device_caches[absent_card][0].values()
     assert [kernel.asm["ptx"].count("st.global") for kernel in compiled] == [1, 1, 1]
-    assert len(list(tmp_path.rglob("*.cubin"))) == 3
+    assert len(list(tmp_path.rglob("*.cubin"))) == len(absent_card.launchers) == 3
+
+    _fill.device_caches.clear()
+    first_call._rehearse(call, ())
+    assert len(list(tmp_path.rglob("*.cubin"))) == 3, "nothing is compiled again, for all is in Triton's cache"
+    names, threads = zip(*absent_card.launchers)
+    assert names == ("_fill",) * 6 and threading.main_thread() not in threads

@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 from triton import knobs
+from triton.runtime import build
 
 from ..problems import Problem
 
@@ -31,6 +32,20 @@ def compilations(kernel, monkeypatch, tmp_path) -> list[tuple[str, threading.Thr
     return found
 
 
+@pytest.fixture
+def launchers(monkeypatch) -> list[threading.Thread]:
+    """The thread of every launcher that is built."""
+    found, build_library = [], build._build
+
+    def note(name: str, *args) -> str:
+        if name == "__triton_launcher":
+            found.append(threading.current_thread())
+        return build_library(name, *args)
+
+    monkeypatch.setattr(build, "_build", note)
+    return found
+
+
 def _forget(kernel) -> None:
     package = importlib.import_module(f"{kernel.__name__}.kernels")
     for info in pkgutil.iter_modules(package.__path__):
@@ -41,7 +56,9 @@ def _forget(kernel) -> None:
     importlib.import_module(f"{package.__name__}.launch")._compiled.clear()
 
 
-def test_compiled_together_or_in_turn_the_results_are_the_same_bits(kernel, compilations, monkeypatch, tmp_path):
+def test_compiled_together_or_in_turn_the_results_are_the_same_bits(
+    kernel, compilations, launchers, monkeypatch, tmp_path
+):
     *arguments, grad_output = PROBLEM.draw("cuda", torch.bfloat16)
     leaves = [x.requires_grad_() for x in arguments if x.is_floating_point()]
 
@@ -56,6 +73,7 @@ def test_compiled_together_or_in_turn_the_results_are_the_same_bits(kernel, comp
     first, kernels = step(), sorted(name for name, _ in compilations)
     assert threading.main_thread() not in {thread for _, thread in compilations}
     assert len(kernels) > 6
+    assert launchers and all(thread.name.startswith("ThreadPoolExecutor") for thread in launchers)
 
     together = False
     compilations.clear()

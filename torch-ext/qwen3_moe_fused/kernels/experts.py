@@ -24,19 +24,37 @@ Tensor = torch.Tensor
 UNSAVED = (None,) * 5
 
 
-def _forward_and_backward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest) -> None:
-    """``experts_forward``, and what is likely to follow: backward of all that is trained."""
-    out, *saved = experts_forward(hidden_states, top_k_index, top_k_weights, *rest)
-    gate_up_projection, down_projection, seed, activation, save, *_ = rest
-    if save:
-        trained = []
-        for projection in (gate_up_projection, down_projection):
-            trained.append(not projection.four_bit and projection.weight.requires_grad)
-        for projection in (gate_up_projection, down_projection):
-            trained += [x.requires_grad for x in projection.lora[:2]] if projection.lora else [False, False]
-        tokens = (torch.empty_like(out), hidden_states, top_k_index, top_k_weights)
-        wanted = Gradients(True, True, *trained)
-        experts_backward(*tokens, gate_up_projection, down_projection, seed, tuple(saved), activation, wanted)
+def _forward_and_backward(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_projection: Projection,
+    down_projection: Projection,
+    seed: Optional[Tensor],
+    activation: str,
+    save: bool,
+    result: bool = True,
+) -> None:
+    """``experts_forward``, and what is likely to follow: backward of all that is trained.
+
+    Gradient checkpointing computes a layer without gradients at first, and again before backward. Trained adapters are
+    taken for a sign of that; weights are not, which require gradients unless someone says otherwise.
+    """
+    tokens, projections = (hidden_states, top_k_index, top_k_weights), (gate_up_projection, down_projection)
+    weights = [not projection.four_bit and _is_trained(projection.weight) for projection in projections]
+    factors = [_is_trained(x) for p in projections for x in (p.lora[:2] if p.lora else (None, None))]
+    out, *saved = experts_forward(*tokens, *projections, seed, activation, save, result)
+    if not save and any(factors):
+        for result in (True, False):
+            out, *saved = experts_forward(*tokens, *projections, seed, activation, True, result)
+    if save or any(factors):
+        wanted = Gradients(True, True, *weights, *factors)
+        experts_backward(torch.empty_like(out), *tokens, *projections, seed, tuple(saved), activation, wanted)
+
+
+def _is_trained(tensor: Optional[Tensor]) -> bool:
+    """Whether a parameter is, or that of which this is a view: made without gradients, a view does not tell."""
+    return tensor is not None and (tensor.requires_grad or (tensor._base is not None and tensor._base.requires_grad))
 
 
 @compiled_at_once(_forward_and_backward)
