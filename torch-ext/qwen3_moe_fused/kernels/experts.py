@@ -1,5 +1,6 @@
 """The experts layer as a plan of launches; ``..experts`` describes it, each kernel has a file of its own."""
 
+from functools import partial
 from typing import Iterator, Optional, Tuple
 
 import torch
@@ -35,21 +36,25 @@ def _forward_and_backward(
     save: bool,
     result: bool = True,
 ) -> None:
-    """``experts_forward``, and what is likely to follow: backward of all that is trained.
+    """``experts_forward``, and what is likely to follow: backward of all that is trained. That comes first, for its
+    kernels take longest.
 
-    Gradient checkpointing computes a layer without gradients at first, and again before backward. Trained adapters are
-    taken for a sign of that; weights are not, which require gradients unless someone says otherwise.
+    Gradient checkpointing computes a layer without gradients at first, and again before backward, with its result or
+    without. Trained adapters are taken for a sign of that; weights are not, which require gradients unless someone says
+    otherwise.
     """
     tokens, projections = (hidden_states, top_k_index, top_k_weights), (gate_up_projection, down_projection)
     weights = [not projection.four_bit and _is_trained(projection.weight) for projection in projections]
     factors = [_is_trained(x) for p in projections for x in (p.lora[:2] if p.lora else (None, None))]
-    out, *saved = experts_forward(*tokens, *projections, seed, activation, save, result)
-    if not save and any(factors):
-        for result in (True, False):
-            out, *saved = experts_forward(*tokens, *projections, seed, activation, True, result)
-    if save or any(factors):
+    checkpointed = not save and any(factors)
+    forward = partial(experts_forward, *tokens, *projections, seed, activation)
+    out, *saved = forward(save or checkpointed, result)
+    if save or checkpointed:
         wanted = Gradients(True, True, *weights, *factors)
         experts_backward(torch.empty_like(out), *tokens, *projections, seed, tuple(saved), activation, wanted)
+    if checkpointed:
+        forward(True, False)
+        forward(False, result)
 
 
 def _is_trained(tensor: Optional[Tensor]) -> bool:
