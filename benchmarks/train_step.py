@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,8 +47,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stock", action="store_true", help="Transformers and PEFT without the kernel")
     parser.add_argument("--compile", action="store_true", help="compile each decoder layer, whole")
     parser.add_argument("--graphs", action="store_true", help="checkpoint each layer by CUDA graphs")
+    parser.add_argument("--keep-attention", action="store_true", help="with --graphs: keep attention's results")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: tries this script, on a CPU too")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.keep_attention and not options.graphs:
+        parser.error("--keep-attention is for layers in CUDA graphs; add --graphs")
+    return options
 
 
 def build(options: argparse.Namespace, sizes: Qwen3MoeConfig, device: str) -> torch.nn.Module:
@@ -63,7 +66,7 @@ def build(options: argparse.Namespace, sizes: Qwen3MoeConfig, device: str) -> to
     layers = model.model.layers
     model = add_lora(checkpointed(model), options.rank)
     if options.graphs:
-        enable_graphed_checkpointing(model)
+        enable_graphed_checkpointing(model, keep_attention=options.keep_attention)
     if options.compile:
         for layer in layers:
             layer.compile(fullgraph=True)
@@ -88,11 +91,18 @@ def main(argv: list[str] | None = None) -> None:
     result |= {"command": command("train_step.py", argv or sys.argv[1:]), "stock": options.stock}
     for run in result["runs"] if not options.stock else ():
         wanted = Step(
-            run["tokens"], rank=options.rank, expert_rank=options.rank, liger=options.liger, graphs=options.graphs
+            run["tokens"],
+            rank=options.rank,
+            expert_rank=options.rank,
+            liger=options.liger,
+            chunked_loss=options.liger,
+            graphs=options.graphs,
+            keep_attention=options.keep_attention,
         )
-        planned = make_plan(in_full, replace(wanted, chunked_loss=options.liger), 24 * GIB)
+        planned = make_plan(in_full, wanted, 24 * GIB)
         run["planned_gib"] = (planned.peak - planned.parts["CUDA context"]) / GIB
     kind = ("-stock" if options.stock else "") + ("-graphs" if options.graphs else "")
+    kind += "-keep-attention" if options.keep_attention else ""
     write(result, options.out, f"train_step-{options.layers}-layers{kind}")
 
 

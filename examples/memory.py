@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+from dataclasses import replace
 
 import torch
 from kernelized import DEVICE
@@ -11,13 +12,18 @@ from qwen3_moe_integration.plan import Plan, Step, make_plan
 
 GIB = 2**30
 LIGER = DEVICE == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+OFF_BY = 0.03
+"""By how much a step in graphs may take more than is planned; measured."""
 LOSS_CHUNK = 16
 """Liger's loss takes the logits of a chunk of tokens at a time, by itself so few that it reads the output head 64 times
 in a step; in chunks 16 times as large it is as fast as a single product."""
 
 
 def plan_for(options: argparse.Namespace) -> Plan:
-    """What a step of LoRA takes, from the model's config alone, beside what the card has."""
+    """What a step of LoRA takes, from the model's config alone, beside what the card has.
+
+    Graphs keep attention if that is sure to fit, unless ``options`` say whether they do.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model), dtype=torch.bfloat16)
     step = Step(
@@ -28,12 +34,17 @@ def plan_for(options: argparse.Namespace) -> Plan:
         bits=options.bits,
         checkpointing=options.gradient_checkpointing,
         graphs=options.graphs,
+        keep_attention=bool(options.keep_attention),
         chunked_loss=LIGER or options.trainer == "sft",
         liger=LIGER and options.trainer != "sft",
         byte_permutes=torch.version.hip is None and (DEVICE == "cpu" or torch.cuda.get_device_capability() >= (8, 0)),
     )
     memory = options.gpu_memory * GIB if options.gpu_memory else torch.cuda.get_device_properties(0).total_memory
-    return make_plan(model, step, memory)
+    plan = make_plan(model, step, memory)
+    if options.graphs and options.keep_attention is None:
+        keeps = make_plan(model, replace(step, keep_attention=True), memory)
+        return keeps if keeps.peak * (1 + OFF_BY) <= memory else plan
+    return plan
 
 
 def training_arguments() -> dict:

@@ -23,6 +23,15 @@ def test_a_tiny_model_trains_and_is_measured(kernel_dir, tmp_path, capsys):
     assert result["profile"]["kernels"] and (tmp_path / "train_step-2-layers.md").exists()
 
 
+def test_attention_is_kept_in_graphs_alone(capsys):
+    import train_step
+
+    assert train_step.parse(["--graphs", "--keep-attention"]).keep_attention
+    with pytest.raises(SystemExit):
+        train_step.parse(["--keep-attention"])
+    assert "add --graphs" in capsys.readouterr().err
+
+
 def test_stock_libraries_train_the_same_parameters_from_about_the_same_loss(kernel_dir, tmp_path):
     import train_step
 

@@ -233,7 +233,7 @@ def test_a_run_that_fits_without_graphs_is_told_so(whole, monkeypatch, capsys):
     model = ("--model", str(whole / "small-qwen3-moe"), "--seq-len", "2048")
 
     def peak(graphs: str) -> float:
-        plan = finetune.check(finetune.parse([*model, graphs, "--gpu-memory", "80"]))
+        plan = finetune.check(finetune.parse([*model, graphs, "--no-keep-attention", "--gpu-memory", "80"]))
         return plan.peak / 2**30
 
     assert peak("--no-graphs") < peak("--graphs")
@@ -241,6 +241,24 @@ def test_a_run_that_fits_without_graphs_is_told_so(whole, monkeypatch, capsys):
     assert finetune.check(finetune.parse([*model, "--no-graphs", "--gpu-memory", between])).fits
     with pytest.raises(SystemExit, match=r"does not fit: lower --seq-len.*\. It fits with --no-graphs\."):
         finetune.check(finetune.parse([*model, "--graphs", "--gpu-memory", between]))
+
+
+def test_attention_is_kept_where_that_is_sure_to_fit(whole, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import finetune
+
+    model = ("--model", str(whole / "small-qwen3-moe"), "--seq-len", "2048", "--graphs")
+
+    def plan(*arguments: str):
+        return finetune.check(finetune.parse([*model, *arguments]))
+
+    keeps, without = (plan(x, "--gpu-memory", "80").peak / 2**30 for x in ("--keep-attention", "--no-keep-attention"))
+    assert without < keeps
+    for memory, kept in ((80, True), (keeps * 1.04, True), (keeps * 1.02, False), (without * 1.01, False)):
+        assert plan("--gpu-memory", str(memory)).step.keep_attention == kept, memory
+    assert plan("--gpu-memory", str(keeps * 1.02), "--keep-attention").step.keep_attention
+    with pytest.raises(SystemExit):
+        finetune.parse(["--keep-attention", "--no-graphs"])
 
 
 @pytest.mark.parametrize("graphs", ["--graphs", "--no-graphs"])

@@ -75,7 +75,8 @@ def test_a_4_bit_30b_leaves_room_on_a_24_gib_card_and_a_16_bit_one_does_not():
 
 @pytest.mark.parametrize(
     "change", [dict(expert_rank=64), dict(optimizer_bits=32), dict(checkpointing=False), dict(chunked_loss=False),
-               dict(batch_size=4), dict(liger=False), dict(graphs=True)],
+               dict(batch_size=4), dict(liger=False), dict(graphs=True),
+               dict(graphs=True, keep_attention=True)],
 )  # fmt: skip
 def test_the_longest_sequence_is_the_longest_and_shrinks_as_a_step_takes_more(change):
     made, memory = model(**PUBLISHED), 5 * GIB
@@ -170,10 +171,18 @@ def test_graphs_keep_a_layer_s_turn_beside_the_loss():
         assert graphs.parts["activations"] >= plain.parts["activations"]
 
 
+def test_kept_attention_is_counted_for_each_layer_and_in_the_graphs_buffers():
+    made, step = model(**PUBLISHED), Step(4096, graphs=True)
+    without, keeps = (make_plan(made, replace(step, keep_attention=keep), GIB) for keep in (False, True))
+    assert keeps.peak - without.peak == keeps.parts["kept attention"] == (4 + 1) * 4096 * (32 * 128 * 2 + 32 * 4)
+    assert "kept attention" in str(keeps) and "kept attention" not in str(without)
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
         (Step(seq_len=0), "seq_len must be at least 1, got 0"),
+        (Step(keep_attention=True), "keep_attention is for layers in CUDA graphs"),
         (Step(expert_rank=-1), "expert_rank must not be negative"),
     ],
 )

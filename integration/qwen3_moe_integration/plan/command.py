@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-chunked-loss", action="store_true", help="logits of the whole batch at once")
     parser.add_argument("--no-liger", action="store_true", help="norms and rotary embeddings of Transformers")
     parser.add_argument("--graphs", action="store_true", help="decoder layers in CUDA graphs")
+    parser.add_argument("--keep-attention", action="store_true", help="with --graphs: keep attention's results")
     parser.add_argument("--no-byte-permutes", action="store_true", help="a card that is no NVIDIA one from sm_80 on")
     parser.add_argument("--gpu-memory", type=float, default=24.0, help="GiB of the card (default: %(default)s)")
 
@@ -48,6 +49,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         chunked_loss=not arguments.no_chunked_loss,
         liger=not arguments.no_liger,
         graphs=arguments.graphs,
+        keep_attention=arguments.keep_attention,
         byte_permutes=not arguments.no_byte_permutes,
     )
     return make_plan(model, step, arguments.gpu_memory * GIB)

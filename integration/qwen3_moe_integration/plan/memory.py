@@ -3,7 +3,8 @@
 The model is built on the meta device, so parameters are counted, not guessed, for any model of Transformers. What a
 step needs beside them depends on tokens = batch size * sequence length:
 
-    kept         gradient checkpointing keeps one hidden state a layer; without it, all that a layer's backward reads
+    kept         gradient checkpointing keeps one hidden state a layer, and the result of attention if asked to; without
+                 it, all that a layer's backward reads
     a turn       of a layer in backward: what it reads, computed again, and the worst moment of its experts
     gradients    of an adapter exist from its layer's turn on, while what was kept of that layer is gone
     the loss     logits of a chunk of the tokens with a chunked loss, else of all, and what their gradient needs
@@ -51,6 +52,7 @@ class Step:
     chunked_loss: whether the loss sees the logits of a chunk of the tokens at a time.
     liger: whether norms and rotary embeddings are Liger's; Transformers' keep an fp32 copy of what they normalize.
     graphs: whether decoder layers run in CUDA graphs; the peak is then of what is reserved.
+    keep_attention: whether graphs keep attention's results from forward to backward.
     byte_permutes: whether the card is an NVIDIA one from sm_80 on, which decodes 4-bit weights in registers.
     """
 
@@ -65,6 +67,7 @@ class Step:
     chunked_loss: bool = True
     liger: bool = True
     graphs: bool = False
+    keep_attention: bool = False
     byte_permutes: bool = True
 
     @property
@@ -80,6 +83,7 @@ class Shapes:
     quantized: sizes of the weights that go to 4 bit.
     attention, experts: for each projection that LoRA adapts, the parameters a rank, (in + out) or E * (in + out).
     stack: the number of experts, E.
+    heads: of attention's queries.
     query, key: widths of a token's queries and keys, all heads together.
     """
 
@@ -92,6 +96,7 @@ class Shapes:
     hidden: int
     intermediate: int
     top_k: int
+    heads: int
     query: int
     key: int
     vocabulary: int
@@ -132,6 +137,7 @@ def shapes(model: nn.Module) -> Shapes:
         hidden=config.hidden_size,
         intermediate=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
         top_k=getattr(config, "num_experts_per_tok", None) or config.moe_topk,
+        heads=config.num_attention_heads,
         query=config.num_attention_heads * head_dim,
         key=config.num_key_value_heads * head_dim,
         vocabulary=config.vocab_size,
@@ -142,6 +148,7 @@ class Moment(NamedTuple):
     """Bytes that come and go within a step."""
 
     activations: float = 0
+    attention: float = 0
     gradients: float = 0
     loss: float = 0
     scratch: float = 0
@@ -152,12 +159,14 @@ def estimate(model: Shapes, step: Step) -> dict[str, float]:
     sizes = [n * step.rank for n in model.attention] + [n * step.expert_rank for n in model.experts]
     adapters = HALF * sum(sizes)
     worst = max(moments(model, step, adapters), key=sum)
+    kept = {"kept attention": worst.attention} if step.keep_attention else {}
     return {
         "weights": weight_bytes(model, step),
         "adapters": adapters,
         "optimizer": sum(optimizer_bytes(n, step) for n in sizes),
         "gradients": worst.gradients,
         "activations": worst.activations,
+        **kept,
         "loss": worst.loss,
         "kernels' scratch": WORKSPACES + worst.scratch,
         "CUDA context": CONTEXT,
@@ -181,13 +190,19 @@ def moments(model: Shapes, step: Step, adapters: float) -> list[Moment]:
         worst = max(turns, key=sum)
         turns = [Moment(GRAPHS_TURNS * worst.activations, scratch=worst.scratch)]
         pool, fixed = turns[0], 2 * state + gradients
-    at_loss = Moment(fixed + model.layers * kept + pool.activations, 0, loss_bytes(model, step), pool.scratch)
-    found = [at_loss]
+    attention = attention_bytes(model, step) if step.keep_attention else 0
+    all_kept = Moment(
+        fixed + model.layers * kept, attention=(model.layers + 1) * attention
+    )  # and in the graphs' buffers
+    one_kept = Moment(fixed + kept, attention=2 * attention)
+    found = [_sum(all_kept, pool, Moment(loss=loss_bytes(model, step)))]
     for turn in turns:
-        first = turn._replace(activations=fixed + model.layers * kept + turn.activations, gradients=gradients)
-        last = turn._replace(activations=fixed + kept + turn.activations, gradients=adapters)
-        found += [first, last]
+        found += [_sum(all_kept, turn, Moment(gradients=gradients)), _sum(one_kept, turn, Moment(gradients=adapters))]
     return found
+
+
+def _sum(*moments: Moment) -> Moment:
+    return Moment(*map(sum, zip(*moments)))
 
 
 def weight_bytes(model: Shapes, step: Step) -> float:
@@ -216,6 +231,11 @@ def read_bytes(model: Shapes, step: Step) -> float:
     attention += HALF * (hidden + query + key) if step.liger else SINGLE * (2 * hidden + query + key)
     slot = HALF * (2 * model.intermediate + 2 * step.expert_rank)
     return step.tokens * (attention + SINGLE * model.stack + model.top_k * slot)
+
+
+def attention_bytes(model: Shapes, step: Step) -> float:
+    """What a layer's attention computes: its result, and each row's logsumexp."""
+    return step.tokens * (HALF * model.query + SINGLE * model.heads)
 
 
 def experts_backward_bytes(model: Shapes, step: Step) -> list[tuple[float, float]]:
