@@ -24,7 +24,12 @@ from harness.step import GIB, adam, command, results, training_step, write
 from harness.training import LOSS_CHUNK, add_lora, apply_liger, checkpointed
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from qwen3_moe_integration import KernelSource, enable_graphed_checkpointing, kernelize_model
+from qwen3_moe_integration import (
+    KernelSource,
+    enable_fused_linear_lora,
+    enable_graphed_checkpointing,
+    kernelize_model,
+)
 from qwen3_moe_integration.plan import Step, make_plan
 
 CONTEXT = 0.6
@@ -45,6 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--loss-chunk", type=int, default=LOSS_CHUNK, help="Liger's chunk_mem_const; its own is 1")
     parser.add_argument("--stock", action="store_true", help="Transformers and PEFT without the kernel")
+    parser.add_argument("--peft-attention", action="store_true", help="LoRA of attention as PEFT computes it")
     parser.add_argument("--compile", action="store_true", help="compile each decoder layer, whole")
     parser.add_argument("--graphs", action="store_true", help="checkpoint each layer by CUDA graphs")
     parser.add_argument("--keep-attention", action="store_true", help="with --graphs: keep attention's results")
@@ -65,6 +71,8 @@ def build(options: argparse.Namespace, sizes: Qwen3MoeConfig, device: str) -> to
         kernelize_model(model, "training", KernelSource(path=options.kernel) if options.kernel else KernelSource())
     layers = model.model.layers
     model = add_lora(checkpointed(model), options.rank)
+    if not (options.stock or options.peft_attention):
+        enable_fused_linear_lora(model)
     if options.graphs:
         enable_graphed_checkpointing(model, keep_attention=options.keep_attention)
     if options.compile:
@@ -103,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         run["planned_gib"] = (planned.peak - planned.parts["CUDA context"]) / GIB
     kind = ("-stock" if options.stock else "") + ("-graphs" if options.graphs else "")
     kind += "-keep-attention" if options.keep_attention else ""
+    kind += "-peft-attention" if options.peft_attention else ""
     write(result, options.out, f"train_step-{options.layers}-layers{kind}")
 
 

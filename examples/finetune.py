@@ -35,7 +35,7 @@ from transformers import (
     set_seed,
 )
 
-from qwen3_moe_integration import enable_graphed_checkpointing, expert_lora_config
+from qwen3_moe_integration import enable_fused_linear_lora, enable_graphed_checkpointing, expert_lora_config
 from qwen3_moe_integration.optim import AdamW8bit
 from qwen3_moe_integration.plan import Plan
 
@@ -174,7 +174,8 @@ def with_adapter(model: torch.nn.Module, options: argparse.Namespace) -> torch.n
             options.expert_rank, target_modules=attention, module_rank=options.rank, task_type="CAUSAL_LM"
         )
     # For a model of yours adapters have its dtype, bf16 on a GPU; PEFT would make them fp32.
-    return get_peft_model(model, lora, autocast_adapter_dtype=not options.model)
+    model = get_peft_model(model, lora, autocast_adapter_dtype=not options.model)
+    return enable_fused_linear_lora(model) if options.bits == 4 else model
 
 
 def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, held_out: Dataset) -> Trainer:

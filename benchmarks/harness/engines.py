@@ -22,7 +22,13 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 from transformers.distributed import DistributedConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
-from qwen3_moe_integration import KernelSource, enable_graphed_checkpointing, kernelize_model, register
+from qwen3_moe_integration import (
+    KernelSource,
+    enable_fused_linear_lora,
+    enable_graphed_checkpointing,
+    kernelize_model,
+    register,
+)
 
 from .model import random_4_bit_model
 from .training import LOSS_CHUNK, add_lora, apply_liger, checkpointed, liger_runs
@@ -60,7 +66,7 @@ def build(
         model = random_4_bit_model(sizes, device.type, storage=torch.bfloat16)
         if liger_runs(device.type):
             apply_liger(model)
-        model = add_lora(kernelize_model(checkpointed(model), kernel=kernel), rank)
+        model = enable_fused_linear_lora(add_lora(kernelize_model(checkpointed(model), kernel=kernel), rank))
         if graphs:
             enable_graphed_checkpointing(model)
     if engine == "ddp":

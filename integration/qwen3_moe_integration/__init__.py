@@ -5,6 +5,7 @@ from . import peft_hooks
 from .graphed import enable_graphed_checkpointing
 from .kernelize import kernelize_model
 from .lora import expert_lora_config
+from .lora_linear import enable_fused_linear_lora
 from .quantize import MoeBitsAndBytesConfig, legacy_config
 from .registry import register
 from .source import KernelSource
@@ -12,6 +13,7 @@ from .source import KernelSource
 __all__ = [
     "KernelSource",
     "MoeBitsAndBytesConfig",
+    "enable_fused_linear_lora",
     "enable_graphed_checkpointing",
     "expert_lora_config",
     "kernelize_model",

@@ -32,6 +32,18 @@ def test_attention_is_kept_in_graphs_alone(capsys):
     assert "add --graphs" in capsys.readouterr().err
 
 
+def test_peft_s_own_adapters_of_attention_train_to_the_same_loss(kernel_dir, tmp_path):
+    import train_step
+
+    arguments = ["--tiny", "--no-liger", "--layers", "1", "--tokens", "16", "--steps", "3", "--kernel", str(kernel_dir)]
+    for more in ([], ["--peft-attention"]):
+        train_step.main([*arguments, *more, "--out", str(tmp_path)])
+    names = ("train_step-1-layers.json", "train_step-1-layers-peft-attention.json")
+    fused, own = (json.loads((tmp_path / name).read_text())["runs"][0] for name in names)
+    assert fused["first_loss"] == pytest.approx(own["first_loss"], rel=1e-3)
+    assert fused["last_loss"] == pytest.approx(own["last_loss"], rel=1e-2)
+
+
 def test_stock_libraries_train_the_same_parameters_from_about_the_same_loss(kernel_dir, tmp_path):
     import train_step
 

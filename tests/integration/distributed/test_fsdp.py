@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeExperts
 
-from qwen3_moe_integration import enable_graphed_checkpointing
+from qwen3_moe_integration import enable_fused_linear_lora, enable_graphed_checkpointing, lora_linear
 from tests.integration import graphs
 from tests.integration.distributed import training
 from tests.integration.models import ExpertsCalls
@@ -74,6 +74,27 @@ def in_graphs(model: nn.Module) -> None:
 @pytest.mark.parametrize("wrapped", ["layers", "experts"])
 def test_layers_that_were_to_run_in_graphs_are_checkpointed_as_usual(on_two_ranks, source, checkpoint, kind, wrapped):
     on_two_ranks(train, source, checkpoint, kind, wrapped, in_graphs)
+
+
+def train_fused(source, checkpoint, wrapped: str) -> None:
+    calls, forward = [], lora_linear._AddLora.forward
+    lora_linear._AddLora.forward = staticmethod(lambda *inputs: calls.append(1) or forward(*inputs))
+    try:
+        train(
+            source,
+            checkpoint,
+            "4 bit",
+            wrapped,
+            lambda model: training.with_checkpointing(enable_fused_linear_lora(model)),
+        )
+    finally:
+        lora_linear._AddLora.forward = forward
+    assert len(calls) == 2 * 2 * 4  # steps, forwards, layers of attention
+
+
+@pytest.mark.parametrize("wrapped", ["layers", "experts"])
+def test_adapters_fused_with_attention_find_it_gathered(on_two_ranks, source, checkpoint, wrapped):
+    on_two_ranks(train_fused, source, checkpoint, wrapped)
 
 
 def stacks(experts: nn.Module) -> list[torch.Tensor]:

@@ -1,0 +1,145 @@
+"""LoRA of linear layers in 4 bit, such as attention's, without passes over what they give.
+
+PEFT has bitsandbytes compute x W^T, copies that, multiplies the adapter's part by the scaling and adds it: three passes
+over (T, out) in forward, and in backward one over (T, out) and one over (T, in). Here a product adds as it writes:
+
+    out = x W^T (+ bias)      by bitsandbytes, as without an adapter
+    low = x A^T               (T, r)
+    out += scaling low B^T
+
+and in backward likewise: grad_x = grad W, and then grad_x += scaling (grad B) A.
+"""
+
+from typing import Any, NamedTuple, Optional
+
+import bitsandbytes
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft.tuners.lora import bnb as peft_bnb
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+LOCAL = (Tensor, nn.Parameter, bitsandbytes.nn.Params4bit)
+"""What is whole and on this device, unlike a DTensor."""
+
+
+def enable_fused_linear_lora(model: nn.Module) -> nn.Module:
+    """Has the adapter of each linear layer in 4 bit add to the layer's result within its own products.
+
+    Call it after ``get_peft_model`` or ``PeftModel.from_pretrained``, and again once an adapter reaches layers that had
+    none. Weights, names and files do not change, nor does what PEFT does with adapters. Where there is more to do than
+    one adapter's products, PEFT computes the call as before: several active adapters, dropout, DoRA, ``lora_bias``, a
+    bias that is trained, factors of another dtype than the input without autocast, hooks within the layer, and
+    ``torch.compile``, which reads PEFT's own.
+
+    Args:
+        model: a model that PEFT has put adapters in.
+
+    Returns:
+        ``model``, changed in place.
+
+    Raises:
+        ValueError: ``model`` has no adapter of a linear layer in 4 bit.
+    """
+    layers = [module for module in model.modules() if isinstance(module, peft_bnb.Linear4bit)]
+    if not layers:
+        raise ValueError(
+            "model must have LoRA on linear layers in 4 bit, got a "
+            f"{type(model).__name__} without; call this after get_peft_model"
+        )
+    for layer in layers:
+        if type(layer) is peft_bnb.Linear4bit:
+            layer.__class__ = Linear4bit
+    return model
+
+
+class Lora(NamedTuple):
+    """What to add: A (r, in), B (out, r)."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+
+class Linear4bit(peft_bnb.Linear4bit):
+    """PEFT's layer, which it knows by this name, with another way to compute the plain case."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        lora = None if args or kwargs else self._plain_lora(x)
+        if lora is None:
+            return super().forward(x, *args, **kwargs)
+        out = _AddLora.apply(x.reshape(-1, x.shape[-1]), lora.A, lora.B, self.base_layer, lora.scaling)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def _plain_lora(self, x: Tensor) -> Optional[Lora]:
+        """The adapter to add; None if there is more to it than that, or something has to see how PEFT adds it."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        # A compiler makes one pass of PEFT's three by itself.
+        if len(names) != 1 or self.disable_adapters or self.merged or torch.compiler.is_compiling():
+            return None
+        (name,) = names
+        base, A, B, dropout = self.base_layer, self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        if (
+            name in self.lora_variant
+            or (dropout.training and not isinstance(dropout, nn.Identity))
+            or not _is_untouched(base, bitsandbytes.nn.Linear4bit)
+            or not (_is_untouched(A, nn.Linear) and _is_untouched(B, nn.Linear))
+            or B.bias is not None
+            or (base.bias is not None and base.bias.requires_grad)
+            or any(type(tensor) not in LOCAL for tensor in (x, A.weight, B.weight, base.weight))
+            or base.compute_dtype not in (None, x.dtype)
+            # On CPUs bitsandbytes may lay weights out for inference, and cannot go back through them then.
+            or getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False)
+        ):
+            return None
+        A, B, kind = A.weight, B.weight, x.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == x.dtype:
+            A, B = A.to(x.dtype), B.to(x.dtype)
+        elif torch.is_autocast_enabled(kind) or not A.dtype == B.dtype == x.dtype:
+            return None
+        return Lora(A, B, self.scaling[name])
+
+
+def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of a module is ``kind.forward`` and nothing else."""
+    return (
+        type(module).forward is kind.forward
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
+
+class _AddLora(torch.autograd.Function):
+    """x (T, in), A (r, in) and B (out, r) of one dtype, the layer without its adapter, scaling: (T, out)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, scaling: float) -> Tensor:
+        out = base(x)
+        low = x @ A.t()
+        out.addmm_(low, B.t(), alpha=scaling)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, low, A, B)
+        # The bytes of now: bitsandbytes may give the parameter others for inference.
+        ctx.packed, ctx.quant_state, ctx.scaling = base.weight.data, base.weight.quant_state, scaling
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Optional[Tensor], ...]:
+        x, low, A, B = ctx.saved_tensors
+        wants_x, wants_A, wants_B = ctx.needs_input_grad[:3]
+        grad_x = grad_A = grad_B = None
+        with torch.autocast(grad.device.type, enabled=False):
+            if wants_x or wants_A:
+                grad_low = grad @ B
+            if wants_x:
+                grad_x = grad @ dequantize_4bit(ctx.packed, ctx.quant_state).to(grad.dtype)
+                grad_x.addmm_(grad_low, A, alpha=ctx.scaling)
+            # With beta=0 nothing is read of what there would be to add to: products that are scaled, then rounded.
+            if wants_A:
+                grad_A = torch.addmm(A, grad_low.t(), x, beta=0, alpha=ctx.scaling)
+            if wants_B:
+                grad_B = torch.addmm(B, grad.t(), low, beta=0, alpha=ctx.scaling)
+        return grad_x, grad_A, grad_B, None, None
