@@ -8,14 +8,14 @@ from . import reference
 def _launch_forward(hidden_states, *rest):
     from .kernels.experts import experts_forward  # Triton is imported only where it can run
 
-    with torch.cuda.device(hidden_states.device):
+    with torch.cuda.device(hidden_states.get_device()):
         return experts_forward(hidden_states, *rest)
 
 
 def _launch_backward(grad_output, *rest):
     from .kernels.experts import experts_backward
 
-    with torch.cuda.device(grad_output.device):
+    with torch.cuda.device(grad_output.get_device()):
         return experts_backward(grad_output, *rest)
 
 

@@ -97,8 +97,7 @@ def fused_experts(
     if _op_is_seen((*leaves, top_k_index)):
         return forward_op(*tokens, *gate_up.flatten(), *down.flatten(), seed, activation, save)[0]
     if save:
-        projections = gate_up.without_leaves(), down.without_leaves()
-        return FusedExperts.apply(top_k_index, projections, seed, activation, *leaves)
+        return FusedExperts.apply(top_k_index, gate_up, down, seed, activation, *leaves)
     return FORWARD[hidden_states.device.type](*tokens, gate_up, down, seed, activation, False)[0]
 
 
@@ -149,20 +148,20 @@ class FusedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, top_k_index, projections, seed, activation, *leaves):
-        hidden_states, top_k_weights, gate_up, down = _with_leaves(projections, leaves)
+    def forward(ctx, top_k_index, gate_up, down, seed, activation, *leaves):
+        hidden_states, top_k_weights, *_ = leaves
         out, *saved = FORWARD[hidden_states.device.type](
             hidden_states, top_k_index, top_k_weights, gate_up, down, seed, activation, True, _result_is_wanted.get()
         )
         ctx.set_materialize_grads(False)
-        ctx.others = projections, activation
+        ctx.others = (gate_up.without_leaves(), down.without_leaves()), activation
         ctx.save_for_backward(*leaves, top_k_index, seed, *saved)
         return out
 
     @staticmethod
     def backward(ctx, grad_output):
         if grad_output is None:
-            return (None,) * (4 + LEAVES)
+            return (None,) * (OTHERS + LEAVES)
         projections, activation = ctx.others
         tensors = ctx.saved_tensors
         leaves, (top_k_index, seed, *saved) = tensors[:LEAVES], tensors[LEAVES:]
@@ -177,7 +176,7 @@ class FusedExperts(torch.autograd.Function):
             grads = BACKWARD[grad_output.device.type](
                 *tokens, gate_up, down, seed, tuple(saved), activation, Gradients(*wanted)
             )
-        return (None,) * 4 + tuple([grad if asked else None for asked, grad in zip(wanted, grads)])
+        return (None,) * OTHERS + tuple([grad if asked else None for asked, grad in zip(wanted, grads)])
 
 
 def _leaves(hidden_states, top_k_weights, gate_up: Projection, down: Projection) -> Tuple[Optional[Tensor], ...]:
@@ -194,7 +193,7 @@ def _with_leaves(projections: Tuple[Projection, Projection], leaves: Tuple) -> T
     return hidden_states, top_k_weights, gate_up, down
 
 
-LEAVES = len(Gradients._fields)
+OTHERS, LEAVES = 5, len(Gradients._fields)  # of the arguments of FusedExperts
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 

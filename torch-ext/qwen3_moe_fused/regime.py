@@ -44,14 +44,15 @@ class Plan(NamedTuple):
     """One direction of the layer: the path its weights take, rows per tile, and the tiles of its two products.
 
     Forward, first is gate_up and second is down; backward, first is down_backward and second the gradient of
-    hidden_states. ``permute`` has the columns of what they read permuted beforehand, see ``four_bit_fast``;
-    ``scratch`` is how many bytes may be decoded at a time.
+    hidden_states. ``shares_tiles`` says that the other direction's tiles have as many rows; ``permute`` has the columns
+    of what they read permuted beforehand, see ``four_bit_fast``; ``scratch`` is how many bytes are decoded at a time.
     """
 
     path: str
     block_m: int
     first: Tile
     second: Tile
+    shares_tiles: bool
     permute: bool
     scratch: int
 
@@ -66,11 +67,13 @@ def plan(
     if path in ("dense", "dequantize"):
         first = dense.down_backward if backward else dense.gate_up
         scratch = LARGE_SCRATCH if rows <= LARGE_SCRATCH_ROWS else SCRATCH
-        return Plan(path, dense.block_m, first, dense.linear, False, scratch)
-    block_m, first, second = _tiles(path, rows, down_proj.shape[2], gate_up_proj.shape[2], backward)
+        return Plan(path, dense.block_m, first, dense.linear, True, False, scratch)
+    widths = down_proj.shape[2], gate_up_proj.shape[2]
+    block_m, first, second = _tiles(path, rows, *widths, backward)
+    shares_tiles = block_m == _tiles(path, rows, *widths, not backward)[0]
     both = isinstance(gate_up_proj, FourBitWeight) and isinstance(down_proj, FourBitWeight)
     permute = path == "fast" and both and not backward and rows >= PERMUTE_ROWS
-    return Plan(path, block_m, first, second, permute, 0)
+    return Plan(path, block_m, first, second, shares_tiles, permute, 0)
 
 
 @functools.lru_cache(maxsize=1024)  # of rows there may be as many as there are lengths of batches
@@ -94,11 +97,10 @@ def regime(rows: int, weights: Tuple[Weight, ...], dtype: torch.dtype, device: t
     packed = [weight for weight in weights if isinstance(weight, FourBitWeight)]
     if not packed:
         return "dense"
-    if all(_fits_fast(weight) for weight in packed) and has_byte_permute(device) and dtype != torch.float32:
-        return "fast" if rows <= FAST_ROWS else "dequantize"
-    if all(_fits_plain(weight) for weight in packed) and not has_byte_permute(device) and rows <= PLAIN_ROWS:
-        return "plain"
-    return "dequantize"
+    if has_byte_permute(device):
+        fast = rows <= FAST_ROWS and dtype != torch.float32 and all([_fits_fast(weight) for weight in packed])
+        return "fast" if fast else "dequantize"
+    return "plain" if rows <= PLAIN_ROWS and all([_fits_plain(weight) for weight in packed]) else "dequantize"
 
 
 def suits_gemv(slots: int, gate_up: Projection, down: Projection, device: torch.device) -> bool:

@@ -92,7 +92,6 @@ def experts_forward(
     pre_activation = hidden_states.new_empty(slots, 2 * width) if save else None
     gate_up_adapter, down_adapter = adapters(gate_up_projection, down_projection, dtype, seed, k, order, tiles, block_m)
     added = gate_up_adapter and gate_up_adapter.forward_addition(hidden_states, by_token=True)
-    keep_tiles = save and plan(slots, gate_up_proj, down_proj, dtype, device, dense, backward=True).block_m == block_m
     if chosen.path == "fast":
         gate_up_proj, down_proj = fast_weights((gate_up_proj, down_proj if result else None), m_sizes, dtype, permute)
     tokens = permuted(hidden_states) if permute else hidden_states
@@ -114,7 +113,7 @@ def experts_forward(
     if not save:
         return out, *UNSAVED
     low_rank = (added and added.low_rank, added_down and added_down.low_rank)
-    return out, pre_activation, *low_rank, order, m_sizes, *((offsets, tiles) if keep_tiles else ())
+    return out, pre_activation, *low_rank, order, m_sizes, *((offsets, tiles) if chosen.shares_tiles else ())
 
 
 @compiled_at_once()

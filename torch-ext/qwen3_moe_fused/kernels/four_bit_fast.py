@@ -41,8 +41,8 @@ TABLE = tl.constexpr(256)
 
 
 class FastPointers(NamedTuple):
-    """What a kernel takes: packed as int32 or int16 words; scales int32, of which the first TABLE are the even words of
-    ``nibbles.table_words``, (4, 64) with a copy for each lane, and the others scales (E, K / 64, N)."""
+    """What a kernel takes: packed uint8, read in words of 32 or 16 bits; scales int32, of which the first TABLE are the
+    even words of ``nibbles.table_words``, (4, 64) with a copy for each lane, and the others scales (E, K / 64, N)."""
 
     packed: Tensor
     scales: Tensor
@@ -111,7 +111,8 @@ def accumulate_rows(
     place = tl.arange(0, BLOCK_K) if FORMAT[3] else column_at(tl.arange(0, BLOCK_K))
     a_tile = a + rows.to(tl.int64)[:, None] * stride_am + place[None, :] * stride_ak
     row = expert.to(tl.int64) * N + cols
-    q_tile = w.packed + row[:, None] * (K // 8) + tl.arange(0, WORDS)[None, :]
+    words = w.packed.to(tl.pointer_type(tl.int32), bitcast=True)
+    q_tile = words + row[:, None] * (K // 8) + tl.arange(0, WORDS)[None, :]
     s_tile = w.scales + TABLE + (expert.to(tl.int64) * (K // 64) + tl.arange(0, RUNS))[None, :] * N + cols[:, None]
     acc = tl.zeros((COLS, BLOCK_M), tl.float32)
     for first in range(0, K, BLOCK_K):
@@ -160,7 +161,8 @@ def accumulate_columns(
     t2, t3 = _table(w.scales, 2, BLOCK_K // 2, WORDS), _table(w.scales, 3, BLOCK_K // 2, WORDS)
     k = tl.arange(0, BLOCK_K)
     a_tile = a + rows.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
-    q_tile = w.packed + (expert.to(tl.int64) * K + k)[:, None] * (N // NIBBLES) + col // NIBBLES
+    words = w.packed.to(tl.pointer_type(tl.int32 if BITS == 32 else tl.int16), bitcast=True)
+    q_tile = words + (expert.to(tl.int64) * K + k)[:, None] * (N // NIBBLES) + col // NIBBLES
     q_tile += tl.arange(0, WORDS)[None, :]
     s_tile = w.scales + TABLE + (expert.to(tl.int64) * (N // 64) + col // 64 + tl.arange(0, RUNS))[None, :] * K
     s_tile += k[:, None]
@@ -284,13 +286,12 @@ class FastWeight(NamedTuple):
     def operand(self, tile: Tile, transposed: bool) -> Tuple[FastPointers, Tuple[str, str, int, bool]]:
         """What a kernel takes as its weight and as FORMAT."""
         bits = tile.block_n // (2 * tile.num_warps) if transposed else 32
-        words = self.packed.view(torch.int16 if bits == 16 else torch.int32)
         decode = (
             decode_two_rows(self.quant_type, self.dtype, bits)
             if transposed
             else decode_row(self.quant_type, self.dtype)
         )
-        return FastPointers(words, self.scales), ("fast", decode, bits, self.permuted)
+        return FastPointers(self.packed, self.scales), ("fast", decode, bits, self.permuted)
 
 
 def fast_weights(
@@ -307,7 +308,7 @@ def fast_weights(
         if isinstance(weight, FourBitWeight):
             experts, n, k = weight.shape
             runs = k // SCALED_BLOCK
-            scales = torch.empty(TABLE.value + experts * runs * n, dtype=torch.int32, device=m_sizes.device)
+            scales = m_sizes.new_empty(TABLE.value + experts * runs * n)
             pointers += [FourBitPointers(*weight[:6]), scales]
             stack = (n, k, FACTORS[weight.quant_type], weight.blocksize, weight.nested_blocksize, next_power_of_2(runs))
             stacks.append((*stack, *even_words(weight.quant_type, name)))
