@@ -30,6 +30,7 @@ from qwen3_moe_integration import (
     enable_graphed_checkpointing,
     kernelize_model,
 )
+from qwen3_moe_integration.kept import KEEPABLE
 from qwen3_moe_integration.plan import Step, make_plan
 
 CONTEXT = 0.6
@@ -53,11 +54,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peft-attention", action="store_true", help="LoRA of attention as PEFT computes it")
     parser.add_argument("--compile", action="store_true", help="compile each decoder layer, whole")
     parser.add_argument("--graphs", action="store_true", help="checkpoint each layer by CUDA graphs")
-    parser.add_argument("--keep-attention", action="store_true", help="with --graphs: keep attention's results")
+    parser.add_argument("--keep", nargs="*", choices=KEEPABLE, default=[], help="what graphs keep for backward")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: tries this script, on a CPU too")
     options = parser.parse_args(argv)
-    if options.keep_attention and not options.graphs:
-        parser.error("--keep-attention is for layers in CUDA graphs; add --graphs")
+    if options.keep and not options.graphs:
+        parser.error("--keep is for layers in CUDA graphs; add --graphs")
     return options
 
 
@@ -74,7 +75,7 @@ def build(options: argparse.Namespace, sizes: Qwen3MoeConfig, device: str) -> to
     if not (options.stock or options.peft_attention):
         enable_fused_linear_lora(model)
     if options.graphs:
-        enable_graphed_checkpointing(model, keep_attention=options.keep_attention)
+        enable_graphed_checkpointing(model, keep=options.keep)
     if options.compile:
         for layer in layers:
             layer.compile(fullgraph=True)
@@ -105,12 +106,12 @@ def main(argv: list[str] | None = None) -> None:
             liger=options.liger,
             chunked_loss=options.liger,
             graphs=options.graphs,
-            keep_attention=options.keep_attention,
+            keep=tuple(options.keep),
         )
         planned = make_plan(in_full, wanted, 24 * GIB)
         run["planned_gib"] = (planned.peak - planned.parts["CUDA context"]) / GIB
     kind = ("-stock" if options.stock else "") + ("-graphs" if options.graphs else "")
-    kind += "-keep-attention" if options.keep_attention else ""
+    kind += "-".join(["-keep", *options.keep]) if options.keep else ""
     kind += "-peft-attention" if options.peft_attention else ""
     write(result, options.out, f"train_step-{options.layers}-layers{kind}")
 

@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from qwen3_moe_integration import enable_fused_linear_lora, enable_graphed_checkpointing, expert_lora_config
+from qwen3_moe_integration.kept import KEEPABLE
 from qwen3_moe_integration.optim import AdamW8bit
 from qwen3_moe_integration.plan import Plan
 
@@ -69,9 +70,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="gradient checkpointing by CUDA graphs, two launches a layer and step; default: on a GPU, with the former",
     )
     parser.add_argument(
-        "--keep-attention",
-        action=argparse.BooleanOptionalAction,
-        help="graphs keep attention's results for backward: memory for time; default: for a model of yours, if it fits",
+        "--keep",
+        nargs="*",
+        choices=KEEPABLE,
+        help="what graphs keep for backward: memory for time; default: for a model of yours, what fits",
     )
     parser.add_argument("--gpu-memory", type=float, help="GiB that the run may take (default: what the GPU has)")
     parser.add_argument("--report-to", default="none", help="a tracker that the Trainer knows, such as tensorboard")
@@ -87,8 +89,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         options.graphs = ON_GPU and options.gradient_checkpointing
     if options.graphs and not options.gradient_checkpointing:
         parser.error("--graphs is a kind of gradient checkpointing; add --gradient-checkpointing")
-    if options.keep_attention and not options.graphs:
-        parser.error("--keep-attention is for layers in CUDA graphs; add --graphs")
+    if options.keep and not options.graphs:
+        parser.error("--keep is for layers in CUDA graphs; add --graphs")
     return options
 
 
@@ -256,7 +258,7 @@ def check(options: argparse.Namespace) -> Plan | None:
     if plan:
         print(plan)
         if not plan.fits:
-            without = argparse.Namespace(**vars(options) | {"graphs": False, "keep_attention": False})
+            without = argparse.Namespace(**vars(options) | {"graphs": False, "keep": ()})
             hint = " It fits with --no-graphs." if options.graphs and plan_for(without).fits else ""
             raise SystemExit(f"The run does not fit: lower --seq-len, --batch-size or --expert-rank.{hint}")
     return plan
@@ -276,8 +278,7 @@ def train(options: argparse.Namespace) -> Trainer:
     if not is_whole(options):
         model = with_adapter(model, options)
     if options.graphs:
-        keep_attention = plan.step.keep_attention if plan else bool(options.keep_attention)
-        enable_graphed_checkpointing(model, keep_attention=keep_attention)
+        enable_graphed_checkpointing(model, keep=plan.step.keep if plan else options.keep or ())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(f"Training {trained / 1e6:.2f} M parameters.")
     tokenizer = AutoTokenizer.from_pretrained(options.model or small_model(options.output))

@@ -8,6 +8,7 @@ import torch
 from kernelized import DEVICE
 from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator
 
+from qwen3_moe_integration.kept import KEEPABLE
 from qwen3_moe_integration.plan import Plan, Step, make_plan
 
 GIB = 2**30
@@ -22,7 +23,7 @@ in a step; in chunks 16 times as large it is as fast as a single product."""
 def plan_for(options: argparse.Namespace) -> Plan:
     """What a step of LoRA takes, from the model's config alone, beside what the card has.
 
-    Graphs keep attention if that is sure to fit, unless ``options`` say whether they do.
+    Graphs keep what is sure to fit, attention before experts, unless ``options`` say what they do.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model), dtype=torch.bfloat16)
@@ -34,16 +35,17 @@ def plan_for(options: argparse.Namespace) -> Plan:
         bits=options.bits,
         checkpointing=options.gradient_checkpointing,
         graphs=options.graphs,
-        keep_attention=bool(options.keep_attention),
+        keep=tuple(options.keep or ()),
         chunked_loss=LIGER or options.trainer == "sft",
         liger=LIGER and options.trainer != "sft",
         byte_permutes=torch.version.hip is None and (DEVICE == "cpu" or torch.cuda.get_device_capability() >= (8, 0)),
     )
     memory = options.gpu_memory * GIB if options.gpu_memory else torch.cuda.get_device_properties(0).total_memory
     plan = make_plan(model, step, memory)
-    if options.graphs and options.keep_attention is None:
-        keeps = make_plan(model, replace(step, keep_attention=True), memory)
-        return keeps if keeps.peak * (1 + OFF_BY) <= memory else plan
+    if options.graphs and options.keep is None:
+        for name in KEEPABLE:
+            keeps = make_plan(model, replace(step, keep=(*plan.step.keep, name)), memory)
+            plan = keeps if keeps.peak * (1 + OFF_BY) <= memory else plan
     return plan
 
 

@@ -1,14 +1,14 @@
 """What attention computes in forward is kept for backward: a layer that is computed again need not attend again.
 
 ``scaled_dot_product_attention`` calls one op, chosen by device, dtype and mask, whose backward reads its results: the
-output and each row's logsumexp. Forward copies them into buffers. Where the layer is computed again that op is not
-called and the buffers are taken for its results, and autograd attaches the op's own backward, as ever. So does the
-selective checkpointing of torch.utils.checkpoint, by a dispatch mode around all of a layer; here it is around this
+output and each row's logsumexp. Forward copies them into memory that stays. Where the layer is computed again that op
+is not called and the copies are taken for its results, and autograd attaches the op's own backward, as ever. So does
+the selective checkpointing of torch.utils.checkpoint, by a dispatch mode around all of a layer; here it is around this
 call alone, since the experts, and others, take slower ways when a dispatch mode looks on.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,33 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Tensor = torch.Tensor
 
 
-class Attention:
-    """Of a layer called in one form; computed in both passes.
+class KeptAttention:
+    """Attention that is computed in forward alone, but for that with dropout, and that which PyTorch composes of other
+    ops. A ``kept.Part``."""
 
-    tensors: what has to be in its place when the layer is computed again.
-    """
-
-    tensors: tuple[Tensor, ...] = ()
-
-    def forward(self) -> AbstractContextManager:
-        """Inside, the layer is called the first time, without gradients."""
-        return nullcontext()
-
-    def recomputation(self) -> AbstractContextManager:
-        """Inside, the layer is called again, for its gradients."""
-        return nullcontext()
-
-
-class KeptAttention(Attention):
-    """Computed in forward and kept, but for attention with dropout, and that which PyTorch composes of other ops.
-
-    Args:
-        buffer: the place to keep a tensor in, given one like it and what tells it from others of the layer.
-    """
-
-    def __init__(self, buffer: Callable[..., Tensor]):
-        self._buffer = buffer
-        self._kept: list[tuple[Any, tuple]] = []  # ops and their results, as they were called
+    def __init__(self):
+        self._kept: list[tuple[Callable, tuple]] = []  # ops and their results, as they were called
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -54,10 +33,16 @@ class KeptAttention(Attention):
 
     @contextmanager
     def forward(self) -> Iterator[None]:
+        places = iter(self._kept[:])
+
         def keep(op: Callable, *args: Any, **kwargs: Any) -> tuple:
-            results, at = op(*args, **kwargs), len(self._kept)
-            kept = (self._buffer(x, "attention", at, i).copy_(x) if _is_float(x) else x for i, x in enumerate(results))
-            self._kept.append((op, tuple(kept)))
+            results, place = op(*args, **kwargs), next(places, None)
+            if place is None:
+                self._kept.append((op, tuple(x.clone() if _is_float(x) else x for x in results)))
+            else:
+                for x, result in zip(place[1], results):
+                    if _is_float(x):
+                        x.copy_(result)
             return results
 
         def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -66,7 +51,6 @@ class KeptAttention(Attention):
             with torch.enable_grad(), _AttentionOp(keep):
                 return scaled_dot_product_attention(*leaves, **options).detach()
 
-        self._kept = []
         with _AttentionCall(attend):
             yield
 

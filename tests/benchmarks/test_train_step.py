@@ -23,12 +23,12 @@ def test_a_tiny_model_trains_and_is_measured(kernel_dir, tmp_path, capsys):
     assert result["profile"]["kernels"] and (tmp_path / "train_step-2-layers.md").exists()
 
 
-def test_attention_is_kept_in_graphs_alone(capsys):
+def test_graphs_alone_keep_what_they_are_asked_to(capsys):
     import train_step
 
-    assert train_step.parse(["--graphs", "--keep-attention"]).keep_attention
+    assert train_step.parse(["--graphs", "--keep", "attention", "experts"]).keep == ["attention", "experts"]
     with pytest.raises(SystemExit):
-        train_step.parse(["--keep-attention"])
+        train_step.parse(["--keep", "attention"])
     assert "add --graphs" in capsys.readouterr().err
 
 

@@ -233,7 +233,7 @@ def test_a_run_that_fits_without_graphs_is_told_so(whole, monkeypatch, capsys):
     model = ("--model", str(whole / "small-qwen3-moe"), "--seq-len", "2048")
 
     def peak(graphs: str) -> float:
-        plan = finetune.check(finetune.parse([*model, graphs, "--no-keep-attention", "--gpu-memory", "80"]))
+        plan = finetune.check(finetune.parse([*model, graphs, "--keep", "--gpu-memory", "80"]))
         return plan.peak / 2**30
 
     assert peak("--no-graphs") < peak("--graphs")
@@ -243,7 +243,7 @@ def test_a_run_that_fits_without_graphs_is_told_so(whole, monkeypatch, capsys):
         finetune.check(finetune.parse([*model, "--graphs", "--gpu-memory", between]))
 
 
-def test_attention_is_kept_where_that_is_sure_to_fit(whole, monkeypatch):
+def test_graphs_keep_what_is_sure_to_fit_attention_first(whole, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import finetune
 
@@ -252,13 +252,15 @@ def test_attention_is_kept_where_that_is_sure_to_fit(whole, monkeypatch):
     def plan(*arguments: str):
         return finetune.check(finetune.parse([*model, *arguments]))
 
-    keeps, without = (plan(x, "--gpu-memory", "80").peak / 2**30 for x in ("--keep-attention", "--no-keep-attention"))
-    assert without < keeps
-    for memory, kept in ((80, True), (keeps * 1.04, True), (keeps * 1.02, False), (without * 1.01, False)):
-        assert plan("--gpu-memory", str(memory)).step.keep_attention == kept, memory
-    assert plan("--gpu-memory", str(keeps * 1.02), "--keep-attention").step.keep_attention
+    choices = [(), ("attention",), ("attention", "experts")]
+    peaks = [plan("--gpu-memory", "80", "--keep", *keep).peak / 2**30 for keep in choices]
+    assert peaks == sorted(set(peaks))
+    for peak, keep, less in zip(peaks[1:], choices[1:], choices):
+        assert plan("--gpu-memory", str(peak * 1.031)).step.keep == keep
+        assert plan("--gpu-memory", str(peak * 1.029)).step.keep == less
+        assert plan("--gpu-memory", str(peak * 1.01), "--keep", *keep).step.keep == keep
     with pytest.raises(SystemExit):
-        finetune.parse(["--keep-attention", "--no-graphs"])
+        finetune.parse(["--keep", "attention", "--no-graphs"])
 
 
 @pytest.mark.parametrize("graphs", ["--graphs", "--no-graphs"])

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from qwen3_moe_integration import graphed
+from qwen3_moe_integration import graphed, recording
 
 
 class Redone:
@@ -15,7 +15,7 @@ class Redone:
 
     def __init__(self, device: torch.device):
         self.generator = self
-        self.buffers = graphed._Buffers()
+        self.buffers = recording.Buffers()
         self.recorded = self.offset = 0
         self.offsets: list[int] = []
         made.append(self)
@@ -48,7 +48,7 @@ made: list[Redone] = []
 def stand_in(setattr: Callable[[Any, str, Any], None] = setattr) -> None:
     """Has graphs recorded on the CPU from now on; ``setattr`` may be one that undoes what it did."""
     made.clear()
-    setattr(graphed, "_Device", Redone)
+    setattr(graphed, "Device", Redone)
     setattr(graphed, "_can_record", lambda device: True)
 
 
@@ -56,6 +56,12 @@ def recordings(model: nn.Module) -> int:
     """How many forms of calls were recorded, of all layers together."""
     (checkpoint,) = {id(c): c for c in map(checkpoint_of, layers(model))}.values()
     return sum(variant.recording is not None for variants in checkpoint._known.values() for variant in variants)
+
+
+def kept(model: nn.Module) -> list[tuple[torch.Tensor, ...]]:
+    """What each recording keeps from forward to backward."""
+    known = checkpoint_of(layers(model)[0])._known.values()
+    return [v.recording.kept.tensors for variants in known for v in variants if v.recording]
 
 
 def layers(model: nn.Module) -> nn.ModuleList:

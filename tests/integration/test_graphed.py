@@ -235,7 +235,7 @@ def test_a_layer_that_cannot_be_recorded_says_so(twins, device, monkeypatch):
     def fails(self, work):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graphed._Device, "record", fails)
+    monkeypatch.setattr(graphed.Device, "record", fails)
     with pytest.raises(RuntimeError, match=r"Qwen3MoeDecoderLayer could not be recorded .* not permitted"):
         model(input_ids=batch, labels=batch)
 

@@ -92,7 +92,7 @@ def test_out_of_memory_while_recording_is_out_of_memory(source, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
-        patch.setattr(graphed._Device, "record", fails)
+        patch.setattr(graphed.Device, "record", fails)
         twins[0](input_ids=batch, labels=batch)
     for each in twins:
         each.zero_grad()

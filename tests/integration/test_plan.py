@@ -76,7 +76,7 @@ def test_a_4_bit_30b_leaves_room_on_a_24_gib_card_and_a_16_bit_one_does_not():
 @pytest.mark.parametrize(
     "change", [dict(expert_rank=64), dict(optimizer_bits=32), dict(checkpointing=False), dict(chunked_loss=False),
                dict(batch_size=4), dict(liger=False), dict(graphs=True),
-               dict(graphs=True, keep_attention=True)],
+               dict(graphs=True, keep=("attention", "experts"))],
 )  # fmt: skip
 def test_the_longest_sequence_is_the_longest_and_shrinks_as_a_step_takes_more(change):
     made, memory = model(**PUBLISHED), 5 * GIB
@@ -171,18 +171,23 @@ def test_graphs_keep_a_layer_s_turn_beside_the_loss():
         assert graphs.parts["activations"] >= plain.parts["activations"]
 
 
-def test_kept_attention_is_counted_for_each_layer_and_in_the_graphs_buffers():
+@pytest.mark.parametrize("keep", [("attention",), ("experts",), ("attention", "experts")])
+def test_what_graphs_keep_is_counted_for_each_layer_and_not_in_the_graphs(keep):
     made, step = model(**PUBLISHED), Step(4096, graphs=True)
-    without, keeps = (make_plan(made, replace(step, keep_attention=keep), GIB) for keep in (False, True))
-    assert keeps.peak - without.peak == keeps.parts["kept attention"] == (4 + 1) * 4096 * (32 * 128 * 2 + 32 * 4)
-    assert "kept attention" in str(keeps) and "kept attention" not in str(without)
+    without, keeps = (make_plan(made, replace(step, keep=each), GIB) for each in ((), keep))
+    a_layer = {"attention": 4096 * (32 * 128 * 2 + 32 * 4), "experts": 4096 * 8 * (2 * 768 * 2 + 2 * 16 * 2 + 4)}
+    for name in keep:
+        assert keeps.parts[f"kept {name}"] == 4 * a_layer[name]
+        assert f"kept {name}" in str(keeps) and f"kept {name}" not in str(without)
+    assert keeps.peak - without.peak == (4 - 1) * sum(a_layer[name] for name in keep)
 
 
 @pytest.mark.parametrize(
     ("step", "message"),
     [
         (Step(seq_len=0), "seq_len must be at least 1, got 0"),
-        (Step(keep_attention=True), "keep_attention is for layers in CUDA graphs"),
+        (Step(keep=("experts",)), "keep is for layers in CUDA graphs"),
+        (Step(keep=("routers",), graphs=True), r"keep must hold names among attention, experts, got \('routers',\)"),
         (Step(expert_rank=-1), "expert_rank must not be negative"),
     ],
 )
@@ -209,5 +214,7 @@ def test_the_command_reads_the_config_alone(tmp_path, capsys):
     assert main([*command, "--gpu-memory", "0.5"]) == 0
     out = capsys.readouterr().out
     assert "does not fit" in out and "No sequence fits" in out
+    assert main([*command, "--graphs", "--keep", "attention", "experts"]) == 0
+    assert "kept attention" in (out := capsys.readouterr().out) and "kept experts" in out
     assert main([*command, "--seq-len", "0"]) == 1
     assert capsys.readouterr().err == "error: seq_len must be at least 1, got 0\n"

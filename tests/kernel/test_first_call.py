@@ -174,10 +174,10 @@ def test_the_first_step_launches_what_every_step_launches(kernel, compiler, kind
 
 
 def test_the_layer_itself_compiles_all_in_forward(kernel, compiler, monkeypatch):
-    experts = importlib.import_module(f"{kernel.__name__}.experts")
+    backends = importlib.import_module(f"{kernel.__name__}.backends")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setitem(experts.FORWARD, "cpu", experts.FORWARD["cuda"])
-    monkeypatch.setitem(experts.BACKWARD, "cpu", experts.BACKWARD["cuda"])
+    monkeypatch.setitem(backends.FORWARD, "cpu", backends.FORWARD["cuda"])
+    monkeypatch.setitem(backends.BACKWARD, "cpu", backends.BACKWARD["cuda"])
     layer = Layer(kernel, "adapters")
     weights, adapters = zip(*layer.projections)
     out = kernel.fused_experts(*layer.tokens, *weights, "silu", *adapters)

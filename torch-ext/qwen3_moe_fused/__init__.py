@@ -1,8 +1,9 @@
 """Fused Mixture-of-Experts layers for training: grouped GEMMs with gather, SwiGLU and combine inside."""
 
 from . import layers, reference
-from .experts import for_gradients, fused_experts
+from .experts import fused_experts
 from .four_bit import dequantize, four_bit_weight
+from .kept import for_gradients, keeping
 from .linear import moe_fused_linear
 from .projection import FourBitWeight, Lora
 from .routing import Routing, routing
@@ -18,6 +19,7 @@ __all__ = [
     "for_gradients",
     "four_bit_weight",
     "fused_experts",
+    "keeping",
     "layers",
     "moe_fused_linear",
     "reference",

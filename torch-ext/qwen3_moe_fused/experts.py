@@ -28,15 +28,14 @@ carry an adapter per expert, which adds three launches to it:
     factor_grads  an expert's rows          -> grad of A and B
 """
 
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Iterator, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 
-from .backends import BACKWARD, FORWARD
+from .backends import BACKWARD
 from .checks import check_activation, check_device, check_dims, check_float, check_integer, check_like, check_size
 from .experts_op import SAVED_BY_OP, backward_op, forward_op
+from .kept import run_forward
 from .projection import FourBitWeight, Gradients, Lora, Projection, Weight, check_lora, check_weight
 
 Tensor = torch.Tensor
@@ -98,25 +97,7 @@ def fused_experts(
         return forward_op(*tokens, *gate_up.flatten(), *down.flatten(), seed, activation, save)[0]
     if save:
         return FusedExperts.apply(top_k_index, gate_up, down, seed, activation, *leaves)
-    return FORWARD[hidden_states.device.type](*tokens, gate_up, down, seed, activation, False)[0]
-
-
-_result_is_wanted: ContextVar[bool] = ContextVar("result_is_wanted", default=True)
-
-
-@contextmanager
-def for_gradients() -> Iterator[None]:
-    """Inside, layers are computed a second time for the sake of their gradients, as gradient checkpointing does.
-
-    What backward reads is computed. The result of :func:`fused_experts`, which it does not read, is NaN: the down
-    projection is saved. This is for callers none of whose gradients read it either, as in a decoder layer that ends by
-    adding it to the residual.
-    """
-    before = _result_is_wanted.set(False)
-    try:
-        yield
-    finally:
-        _result_is_wanted.reset(before)
+    return run_forward(*tokens, gate_up, down, seed, activation, save=False)[0]
 
 
 def _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation) -> None:
@@ -150,12 +131,10 @@ class FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, top_k_index, gate_up, down, seed, activation, *leaves):
         hidden_states, top_k_weights, *_ = leaves
-        out, *saved = FORWARD[hidden_states.device.type](
-            hidden_states, top_k_index, top_k_weights, gate_up, down, seed, activation, True, _result_is_wanted.get()
-        )
+        out, *saved = run_forward(hidden_states, top_k_index, top_k_weights, gate_up, down, seed, activation, save=True)
         ctx.set_materialize_grads(False)
         ctx.others = (gate_up.without_leaves(), down.without_leaves()), activation
-        ctx.save_for_backward(*leaves, top_k_index, seed, *saved)
+        ctx.save_for_backward(*leaves, top_k_index, *saved)
         return out
 
     @staticmethod

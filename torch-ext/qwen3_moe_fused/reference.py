@@ -65,13 +65,17 @@ def experts_forward(
     activation: str,
     save: bool,
     result: bool = True,
+    pre_activation: Optional[Tensor] = None,
 ) -> Tuple[Tensor, ...]:
     """out (T, H), of NaN unless ``result``; and for backward, None unless ``save``, pre_activation (S, 2I),
-    low_rank_gate_up (S, R) and low_rank_down (S, R), None without an adapter, order (S,), m_sizes (E,)."""
+    low_rank_gate_up (S, R) and low_rank_down (S, R), None without an adapter, order (S,), m_sizes (E,).
+
+    ``pre_activation`` is saved in the place of that name, if one is given."""
     tokens, k = top_k_index.shape
     order, m_sizes = sort_by_expert(top_k_index, gate_up.weight.shape[0])
     rows_saved = tokens * k if save else 0
-    pre_activation = hidden_states.new_zeros(rows_saved, gate_up.weight.shape[1])
+    if pre_activation is None:
+        pre_activation = hidden_states.new_zeros(rows_saved, gate_up.weight.shape[1])
     low_rank = [hidden_states.new_zeros(rows_saved, p.low_rank_width) for p in (gate_up, down)]
     slots = hidden_states.new_zeros(tokens * k, hidden_states.shape[1])
     for expert, rows, slot in _slot_groups(order, m_sizes):

@@ -5,6 +5,7 @@ import argparse
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..kept import KEEPABLE
 from .memory import GIB, Step
 from .plan import Plan, make_plan
 
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-chunked-loss", action="store_true", help="logits of the whole batch at once")
     parser.add_argument("--no-liger", action="store_true", help="norms and rotary embeddings of Transformers")
     parser.add_argument("--graphs", action="store_true", help="decoder layers in CUDA graphs")
-    parser.add_argument("--keep-attention", action="store_true", help="with --graphs: keep attention's results")
+    parser.add_argument("--keep", nargs="*", choices=KEEPABLE, default=(), help="what graphs keep for backward")
     parser.add_argument("--no-byte-permutes", action="store_true", help="a card that is no NVIDIA one from sm_80 on")
     parser.add_argument("--gpu-memory", type=float, default=24.0, help="GiB of the card (default: %(default)s)")
 
@@ -49,7 +50,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         chunked_loss=not arguments.no_chunked_loss,
         liger=not arguments.no_liger,
         graphs=arguments.graphs,
-        keep_attention=arguments.keep_attention,
+        keep=tuple(arguments.keep),
         byte_permutes=not arguments.no_byte_permutes,
     )
     return make_plan(model, step, arguments.gpu_memory * GIB)

@@ -3,8 +3,7 @@
 The model is built on the meta device, so parameters are counted, not guessed, for any model of Transformers. What a
 step needs beside them depends on tokens = batch size * sequence length:
 
-    kept         gradient checkpointing keeps one hidden state a layer, and the result of attention if asked to; without
-                 it, all that a layer's backward reads
+    kept         gradient checkpointing keeps one hidden state a layer; without it, all that a layer's backward reads
     a turn       of a layer in backward: what it reads, computed again, and the worst moment of its experts
     gradients    of an adapter exist from its layer's turn on, while what was kept of that layer is gone
     the loss     logits of a chunk of the tokens with a chunked loss, else of all, and what their gradient needs
@@ -12,7 +11,8 @@ step needs beside them depends on tokens = batch size * sequence length:
 The peak is the largest of three moments: the loss, with everything kept and no gradient yet; the first turn; and the
 last, with nothing kept but all gradients. Between those two, what is kept shrinks as evenly as gradients grow. Layers
 in CUDA graphs have memory of their own, which nothing else may use, so it counts in all three; PyTorch reports it as
-reserved, not as allocated. And what goes in and comes out of the graphs has a place of its own.
+reserved, not as allocated. What goes in and comes out of the graphs has a place of its own, and so has, for each layer,
+what they are asked to keep from forward to backward.
 """
 
 from dataclasses import dataclass, replace
@@ -52,7 +52,7 @@ class Step:
     chunked_loss: whether the loss sees the logits of a chunk of the tokens at a time.
     liger: whether norms and rotary embeddings are Liger's; Transformers' keep an fp32 copy of what they normalize.
     graphs: whether decoder layers run in CUDA graphs; the peak is then of what is reserved.
-    keep_attention: whether graphs keep attention's results from forward to backward.
+    keep: what graphs keep from forward to backward: "attention", "experts" or both.
     byte_permutes: whether the card is an NVIDIA one from sm_80 on, which decodes 4-bit weights in registers.
     """
 
@@ -67,7 +67,7 @@ class Step:
     chunked_loss: bool = True
     liger: bool = True
     graphs: bool = False
-    keep_attention: bool = False
+    keep: tuple[str, ...] = ()
     byte_permutes: bool = True
 
     @property
@@ -148,7 +148,6 @@ class Moment(NamedTuple):
     """Bytes that come and go within a step."""
 
     activations: float = 0
-    attention: float = 0
     gradients: float = 0
     loss: float = 0
     scratch: float = 0
@@ -159,14 +158,13 @@ def estimate(model: Shapes, step: Step) -> dict[str, float]:
     sizes = [n * step.rank for n in model.attention] + [n * step.expert_rank for n in model.experts]
     adapters = HALF * sum(sizes)
     worst = max(moments(model, step, adapters), key=sum)
-    kept = {"kept attention": worst.attention} if step.keep_attention else {}
     return {
         "weights": weight_bytes(model, step),
         "adapters": adapters,
         "optimizer": sum(optimizer_bytes(n, step) for n in sizes),
         "gradients": worst.gradients,
         "activations": worst.activations,
-        **kept,
+        **{f"kept {name}": model.layers * KEPT_BYTES[name](model, step) for name in step.keep},
         "loss": worst.loss,
         "kernels' scratch": WORKSPACES + worst.scratch,
         "CUDA context": CONTEXT,
@@ -188,13 +186,10 @@ def moments(model: Shapes, step: Step, adapters: float) -> list[Moment]:
     pool, fixed = Moment(), 0
     if step.graphs:
         worst = max(turns, key=sum)
-        turns = [Moment(GRAPHS_TURNS * worst.activations, scratch=worst.scratch)]
+        elsewhere = sum(KEPT_BYTES[name](model, step) for name in step.keep)
+        turns = [Moment(GRAPHS_TURNS * worst.activations - elsewhere, scratch=worst.scratch)]
         pool, fixed = turns[0], 2 * state + gradients
-    attention = attention_bytes(model, step) if step.keep_attention else 0
-    all_kept = Moment(
-        fixed + model.layers * kept, attention=(model.layers + 1) * attention
-    )  # and in the graphs' buffers
-    one_kept = Moment(fixed + kept, attention=2 * attention)
+    all_kept, one_kept = Moment(fixed + model.layers * kept), Moment(fixed + kept)
     found = [_sum(all_kept, pool, Moment(loss=loss_bytes(model, step)))]
     for turn in turns:
         found += [_sum(all_kept, turn, Moment(gradients=gradients)), _sum(one_kept, turn, Moment(gradients=adapters))]
@@ -236,6 +231,15 @@ def read_bytes(model: Shapes, step: Step) -> float:
 def attention_bytes(model: Shapes, step: Step) -> float:
     """What a layer's attention computes: its result, and each row's logsumexp."""
     return step.tokens * (HALF * model.query + SINGLE * model.heads)
+
+
+def experts_bytes(model: Shapes, step: Step) -> float:
+    """What the backward of a layer's experts reads beside their input: of each slot the pre-activation, the low-rank
+    products of both adapters, and its place among the others."""
+    return step.tokens * model.top_k * (HALF * (2 * model.intermediate + 2 * step.expert_rank) + SINGLE)
+
+
+KEPT_BYTES = {"attention": attention_bytes, "experts": experts_bytes}
 
 
 def experts_backward_bytes(model: Shapes, step: Step) -> list[tuple[float, float]]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .memory import GIB, Step, estimate, longest_sequence, shapes
+from .memory import GIB, KEPT_BYTES, Step, estimate, longest_sequence, shapes
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def make_plan(model: nn.Module, step: Step, memory: float) -> Plan:
     """The plan for one step of ``model``, which may be on the meta device, on a card with ``memory`` bytes.
 
     Raises:
-        ValueError: a size of the step is not positive, attention is kept without graphs, or the model has no stacks of
-            experts.
+        ValueError: a size of the step is not positive, something is kept without graphs or is nothing to keep, or the
+            model has no stacks of experts.
     """
     for name in ("seq_len", "batch_size"):
         if getattr(step, name) < 1:
@@ -49,7 +49,9 @@ def make_plan(model: nn.Module, step: Step, memory: float) -> Plan:
     for name in ("rank", "expert_rank"):
         if getattr(step, name) < 0:
             raise ValueError(f"{name} must not be negative, got {getattr(step, name)}")
-    if step.keep_attention and not step.graphs:
-        raise ValueError("keep_attention is for layers in CUDA graphs; it wants graphs=True, got False")
+    if not set(step.keep) <= set(KEPT_BYTES):
+        raise ValueError(f"keep must hold names among {', '.join(KEPT_BYTES)}, got {step.keep!r}")
+    if step.keep and not step.graphs:
+        raise ValueError("keep is for layers in CUDA graphs; it wants graphs=True, got False")
     sizes = shapes(model)
     return Plan(step, estimate(sizes, step), memory, longest_sequence(sizes, step, memory))

@@ -41,9 +41,9 @@ def triton_kernel(kernel, launchers) -> ModuleType:
     for file, launcher_of in ops.items():
         for name, launcher in launcher_of.items():
             getattr(importlib.import_module(f"{kernel.__name__}.{file}"), name).register_kernel("cpu")(launcher)
-    experts = importlib.import_module(f"{kernel.__name__}.experts")
-    experts.FORWARD["cpu"] = launchers.experts_forward
-    experts.BACKWARD["cpu"] = launchers.experts_backward
+    backends = importlib.import_module(f"{kernel.__name__}.backends")
+    backends.FORWARD["cpu"] = launchers.experts_forward
+    backends.BACKWARD["cpu"] = launchers.experts_backward
     four_bit = importlib.import_module(f"{kernel.__name__}.four_bit")
     four_bit._dequantize.register_kernel("cpu")(four_bit._on_stack(launchers.dequantize))
     return kernel

@@ -70,6 +70,15 @@ def test_forward_fills_the_pre_activation_only_to_save_it(launchers, save):
         assert_close("pre_activation", ref, pre_activation[:rows], RATIO[torch.float32])
 
 
+def test_the_pre_activation_is_saved_where_asked(launchers):
+    inputs = Problem().draw("cpu", torch.float32)
+    out, want, *_ = _forward(launchers, inputs, save=True)
+    place = torch.full_like(want, torch.nan)
+    with poisoned_memory("cpu"):
+        again, pre_activation, *_ = _forward(launchers, inputs, True, True, place)
+    assert pre_activation is place and torch.equal(place, want) and torch.equal(again, out)
+
+
 @pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3)))
 def test_backward_computes_only_what_is_asked_for(launchers, wanted):
     inputs = Problem(T=5).draw("cpu", torch.float16, weights_dtype=torch.float32)
@@ -83,8 +92,8 @@ def test_backward_computes_only_what_is_asked_for(launchers, wanted):
     assert all(grad.dtype == dtype for grad, dtype in zip(grads, dtypes) if grad is not None)
 
 
-def _forward(launchers, inputs, save):
-    return launchers.experts_forward(*_layer(launchers, inputs), "silu", save)
+def _forward(launchers, inputs, save, *rest):
+    return launchers.experts_forward(*_layer(launchers, inputs), "silu", save, *rest)
 
 
 def _layer(launchers, inputs):

@@ -35,6 +35,7 @@ def _forward_and_backward(
     activation: str,
     save: bool,
     result: bool = True,
+    pre_activation: Optional[Tensor] = None,
 ) -> None:
     """``experts_forward``, and what is likely to follow: backward of all that is trained. That comes first, for its
     kernels take longest.
@@ -73,6 +74,7 @@ def experts_forward(
     activation: str,
     save: bool,
     result: bool = True,
+    pre_activation: Optional[Tensor] = None,
 ) -> Tuple[Tensor, ...]:
     """As ``reference.experts_forward``; saved are also the tile table, offsets (E+1,) and tiles, unless backward's
     tiles have another height."""
@@ -89,7 +91,8 @@ def experts_forward(
     block_m, permute = chosen.block_m, chosen.permute
     order, m_sizes, offsets, tiles = routing(top_k_index, experts, block_m)
 
-    pre_activation = hidden_states.new_empty(slots, 2 * width) if save else None
+    if save and pre_activation is None:
+        pre_activation = hidden_states.new_empty(slots, 2 * width)
     gate_up_adapter, down_adapter = adapters(gate_up_projection, down_projection, dtype, seed, k, order, tiles, block_m)
     added = gate_up_adapter and gate_up_adapter.forward_addition(hidden_states, by_token=True)
     if chosen.path == "fast":

@@ -1,0 +1,208 @@
+"""A layer's two passes as CUDA graphs: forward, and what checkpointing does in backward.
+
+All recordings on a device share their memory: what a layer reads and returns is copied in and out, and everything else
+is overwritten by the next layer. Only what forward keeps for backward (see ``kept``) is a recording's own.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
+from torch.utils import _pytree as pytree
+
+from .kept import Kept
+
+Tensor = torch.Tensor
+
+
+class Device:
+    """What the recordings of one device share: a stream to record on, a pool of memory, buffers for what goes in and
+    out."""
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.generator = torch.cuda.default_generators[device.index]
+        self.buffers = Buffers()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """A function that does again on the device what ``work`` launches now."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, which load data or watch a network, may go on.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
+
+
+class Buffers(dict):
+    """Tensors by what they are for, and what they are: layers that are alike have the same."""
+
+    def like(self, tensor: Tensor, *purpose: Any) -> Tensor:
+        key = (*purpose, tensor.shape, tensor.dtype, tensor.device)
+        if key not in self:
+            self[key] = torch.empty_like(tensor, requires_grad=False)
+        return self[key]
+
+
+class Recording:
+    """A layer's two graphs, and the buffers that they read and write. What comes out takes the place of what went in:
+    the result that of hidden_states, their gradient that of the result's.
+
+    Args:
+        layer: the bound ``__call__`` of the layer.
+        hidden_states: its input in one call, of any values.
+        values, tree: its other arguments, flattened.
+        kept: what the layer keeps from forward to backward, called before in this form.
+        device: what records.
+    """
+
+    def __init__(
+        self,
+        layer: Callable,
+        hidden_states: Tensor,
+        values: list,
+        tree: pytree.TreeSpec,
+        kept: Kept,
+        device: Device,
+    ):
+        self.generator, self.kept, self.keeps = device.generator, kept, bool(kept.tensors)
+        self._claim: Callable[[], Optional[_Claim]] = lambda: None
+        self.parameters = [parameter for parameter in layer.__self__.parameters() if parameter.requires_grad]
+        self.state = device.buffers.like(hidden_states, "state")
+        self.grad = device.buffers.like(hidden_states, "grad")
+        self.grads = [device.buffers.like(each, "grad of", i) for i, each in enumerate(self.parameters)]
+        self.values = [device.buffers.like(v, i) if isinstance(v, Tensor) else v for i, v in enumerate(values)]
+        self.used: list[bool] = []
+        args, keywords = pytree.tree_unflatten(self.values, tree)
+        kind, casts = hidden_states.device.type, casts_in_force(hidden_states.device.type)
+
+        def run(state: Tensor) -> Tensor:
+            with torch.autocast(**casts):
+                return layer(state, *args, **keywords)
+
+        def forward() -> None:
+            with torch.no_grad(), kept.forward():
+                self.state.copy_(run(self.state))
+
+        def backward() -> None:
+            state = self.state.detach().requires_grad_(hidden_states.requires_grad)
+            with torch.enable_grad(), _fresh(layer.__self__, self.parameters) as leaves:
+                with kept.recomputation():
+                    # Of the result only where it came from: nothing reads it, and its memory serves backward.
+                    end = get_gradient_edge(run(state))
+                # Without autocast, as loss.backward() is called.
+                with torch.autocast(kind, enabled=False):
+                    wanted = [*leaves, state] if state.requires_grad else leaves
+                    grads = torch.autograd.grad(end, wanted, self.grad, allow_unused=True)
+            self.used = [grad is not None for grad in grads[: len(leaves)]]
+            buffers = zip([*self.grads, self.grad], grads)
+            torch._foreach_copy_(*map(list, zip(*(pair for pair in buffers if pair[1] is not None))))
+
+        try:
+            # The one that takes more memory comes first: what it leaves in the pool then holds the other.
+            self.backward, self.forward = device.record(backward), device.record(forward)
+        except torch.OutOfMemoryError:
+            raise  # by its own name, for those who lower something and go on
+        except Exception as error:
+            raise RuntimeError(
+                f"{type(layer.__self__).__name__} could not be recorded as a CUDA graph, perhaps because it waits for "
+                f"the GPU; use model.gradient_checkpointing_enable() instead. {error}"
+            ) from error
+
+    def read(self, hidden_states: Tensor, values: list) -> None:
+        self.state.copy_(hidden_states)
+        for buffer, value in zip(self.values, values):
+            if isinstance(value, Tensor):
+                buffer.copy_(value)
+
+    @property
+    def awaits_backward(self) -> bool:
+        """Whether what is kept is that of a call whose backward is still to come."""
+        claim = self._claim()
+        return self.keeps and claim is not None and not claim.over
+
+    def claim(self) -> "_Claim":
+        """A call's, to what is kept from now on."""
+        claim = _Claim()
+        self._claim = weakref.ref(claim)
+        return claim
+
+    def holds(self, claim: "_Claim") -> bool:
+        """Whether what is kept is still that of the call with this claim."""
+        return not self.keeps or self._claim() is claim
+
+
+class _Claim:
+    """Dies with the graph of its call, which results of the call may hold longer than until its backward is over."""
+
+    over = False
+
+
+def casts_in_force(kind: str) -> dict[str, Any]:
+    """The autocast in force on a kind of device, except that it keeps no casts: those would be of parameters as they
+    were when a graph was recorded."""
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return {"device_type": kind, "enabled": enabled, "dtype": dtype, "cache_enabled": False}
+
+
+@contextmanager
+def _fresh(layer: nn.Module, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """New parameters in the place of these, with the same memory.
+
+    While an earlier forward waits for its backward, autograd has a node for each of its parameters, which belongs to
+    the stream of that forward: a recording on another stream cannot touch it.
+    """
+    fresh = {parameter: nn.Parameter(parameter.detach()) for parameter in parameters}
+    owners = [module._parameters for module in layer.modules()]
+    held = [(owner, name, each) for owner in owners for name, each in owner.items() if each is not None]
+    try:
+        for owner, name, parameter in held:
+            owner[name] = fresh.get(parameter, parameter)
+        yield list(fresh.values())
+    finally:
+        for owner, name, parameter in held:
+            owner[name] = parameter
+
+
+class Replay(torch.autograd.Function):
+    """A layer's call: its parameters are inputs, so their gradients go where those of any other layer go."""
+
+    @staticmethod
+    def forward(ctx, recording: Recording, values: list, hidden_states: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.recording, ctx.claim, ctx.offset = recording, recording.claim(), recording.generator.get_offset()
+        recording.read(hidden_states, values)
+        recording.forward()
+        inputs = [value if isinstance(value, Tensor) else None for value in values]
+        ctx.save_for_backward(hidden_states, *inputs)
+        return recording.state.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor) -> tuple:
+        recording, generator = ctx.recording, ctx.recording.generator
+        hidden_states, *values = ctx.saved_tensors
+        if not recording.holds(ctx.claim):
+            raise RuntimeError(
+                "backward came a second time (retain_graph=True) after another forward, which has overwritten what was "
+                "kept for it; let it come before that, or pass keep=() to enable_graphed_checkpointing"
+            )
+        recording.read(hidden_states, values)
+        recording.grad.copy_(grad_output)
+        # What forward dropped has to be dropped again.
+        offset = generator.get_offset()
+        generator.set_offset(ctx.offset)
+        recording.backward()
+        generator.set_offset(offset)
+        ctx.claim.over = True
+        results = [recording.grad if ctx.needs_input_grad[2] else None]
+        results += [each if used else None for used, each in zip(recording.used, recording.grads)]
+        present = [each for each in results if each is not None]
+        copies = [torch.empty_like(each) for each in present]
+        torch._foreach_copy_(copies, present)
+        left = iter(copies)
+        return None, None, *(None if each is None else next(left) for each in results)
