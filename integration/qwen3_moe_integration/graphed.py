@@ -99,7 +99,7 @@ class GraphedCheckpoint:
                 output.register_hook(variant.was_tried)
             return output
         if variant.recording is None:
-            kept = self._warm_up(function, hidden_states, *args)
+            kept = self._warm_up(function, hidden_states, *args) if self.keep else Kept(layer, ())
             device = self._device(hidden_states.device)
             variant.recording = Recording(function.func, hidden_states, values, tree, kept, device)
         return Replay.apply(variant.recording, values, hidden_states, *variant.recording.parameters)
@@ -123,8 +123,8 @@ class GraphedCheckpoint:
         return variant
 
     def _warm_up(self, function: functools.partial, hidden_states: Tensor, *args: Any) -> Kept:
-        """Compiles what forward runs when it keeps nothing for autograd, and has memory made for what it does keep;
-        leaves no trace in random numbers."""
+        """Compiles what forward runs without gradients, and makes memory for what it keeps; leaves no trace in random
+        numbers."""
         kept = Kept(function.func.__self__, self.keep)
         generators = [hidden_states.device] if hidden_states.is_cuda else []
         casts = casts_in_force(hidden_states.device.type)

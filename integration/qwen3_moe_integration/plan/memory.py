@@ -185,7 +185,7 @@ def moments(model: Shapes, step: Step, adapters: float) -> list[Moment]:
     ]
     pool, fixed = Moment(), 0
     if step.graphs:
-        worst = max(turns, key=sum)
+        worst = max(turns, key=sum)  # what is kept is read, too, but lies elsewhere
         elsewhere = sum(KEPT_BYTES[name](model, step) for name in step.keep)
         turns = [Moment(GRAPHS_TURNS * worst.activations - elsewhere, scratch=worst.scratch)]
         pool, fixed = turns[0], 2 * state + gradients
