@@ -173,6 +173,7 @@ def estimate(model: Shapes, step: Step) -> dict[str, float]:
 
 def moments(model: Shapes, step: Step, adapters: float) -> list[Moment]:
     """The loss, the first layer's turn in backward and the last one's, each turn at the worst moment of its experts.
+    What graphs keep is there at all of them, and counted elsewhere.
 
     ``adapters``: bytes of all adapters, and so of their gradients.
     """
