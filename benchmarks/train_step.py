@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,12 +75,17 @@ def build(options: argparse.Namespace, sizes: Qwen3MoeConfig, device: str) -> to
     model = add_lora(checkpointed(model), options.rank)
     if not (options.stock or options.peft_attention):
         enable_fused_linear_lora(model)
-    if options.graphs:
-        enable_graphed_checkpointing(model, keep=options.keep)
+    checkpoint_in_graphs(model, options)
     if options.compile:
         for layer in layers:
             layer.compile(fullgraph=True)
     return model
+
+
+def checkpoint_in_graphs(model: torch.nn.Module, options: argparse.Namespace) -> None:
+    """If asked for; graphs that were recorded before are given up."""
+    if options.graphs:
+        enable_graphed_checkpointing(model, keep=options.keep)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -96,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     built = time.perf_counter() - started
     loss_options = {"chunk_mem_const": options.loss_chunk} if options.liger else {}
     step = training_step(model, adam(model, device, waits=options.stock), **loss_options)
-    result = results(model, step, options, device, built)
+    result = results(model, step, options, device, built, renew=partial(checkpoint_in_graphs, model, options))
     result |= {"command": command("train_step.py", argv or sys.argv[1:]), "stock": options.stock}
     for run in result["runs"] if not options.stock else ():
         wanted = Step(

@@ -6,6 +6,7 @@ The same tokens come back every step, so the loss must fall.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from pathlib import Path
@@ -96,13 +97,24 @@ def measure(step: Step, ids: torch.Tensor, steps: int, device: str) -> dict:
     }
 
 
-def results(model: nn.Module, step: Step, options: argparse.Namespace, device: str, built: float) -> dict:
+def results(
+    model: nn.Module,
+    step: Step,
+    options: argparse.Namespace,
+    device: str,
+    built: float,
+    renew: Callable[[], None] = lambda: None,
+) -> dict:
     """Runs every length that ``options.tokens`` names, printing as it goes, and profiles ``options.profile``.
 
-    ``built`` is how many seconds the model took to make.
+    Args:
+        built: how many seconds the model took to make.
+        renew: gives up what a length has left that another has no use for, such as graphs of its shape.
     """
     runs = []
     for tokens in options.tokens:
+        renew()
+        gc.collect()
         runs.append(measure(step, token_ids(model, tokens), options.steps, device))
         print(json.dumps(runs[-1]), flush=True)
     result = {
@@ -114,6 +126,7 @@ def results(model: nn.Module, step: Step, options: argparse.Namespace, device: s
         "runs": runs,
     }
     if options.profile:
+        renew()
         result["profile"] = profiled(step, token_ids(model, options.profile), device)
     return result
 

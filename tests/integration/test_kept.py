@@ -230,10 +230,11 @@ def test_in_4_bit_what_graphs_keep_changes_no_bit(registered, tmp_path, keep):
 @pytest.mark.gpu
 @pytest.mark.parametrize("keep", KEPT)
 def test_in_4_bit_it_takes_as_much_memory_as_is_planned(registered, tmp_path, keep):
-    """The allocator's blocks are up to a MiB larger than what is in them, and its segments up to 20."""
-    taken, reserved, batch = [], [], tokens(4, 8192, device="cuda")
+    """The allocator's blocks are up to a MiB larger than what is in them, and its segments up to 20,
+    in the pool and outside of it, of either run."""
+    taken, reserved, batch = {}, {}, tokens(4, 8192, device="cuda")
     first = in_4_bit(tmp_path)
-    for what in ((), keep):
+    for what in (keep, (), keep):  # once more, for the first time libraries take memory of their own
         model = enable_graphed_checkpointing(copy.deepcopy(first), keep=what)
         gc.collect()
         torch.cuda.empty_cache()
@@ -243,9 +244,9 @@ def test_in_4_bit_it_takes_as_much_memory_as_is_planned(registered, tmp_path, ke
             model(input_ids=batch, labels=batch).loss.backward()
             model.zero_grad()
         assert recordings(model) == 2
-        taken.append(torch.cuda.memory_allocated() - before)
-        reserved.append(torch.cuda.max_memory_reserved() - before)
+        taken[what] = torch.cuda.memory_allocated() - before
+        reserved[what] = torch.cuda.max_memory_reserved() - before
         del model
     planned = 2 * sum(KEPT_BYTES[name](shapes(QWEN3.build(**WIDE)), Step(8192, 4, expert_rank=4)) for name in keep)
-    assert taken[1] - taken[0] == pytest.approx(planned, rel=0.1)
-    assert reserved[1] - reserved[0] <= planned + 40 * 2**20
+    assert taken[keep] - taken[()] == pytest.approx(planned, rel=0.1)
+    assert reserved[keep] - reserved[()] <= planned + 80 * 2**20
