@@ -39,6 +39,8 @@ from qwen3_moe_integration.plan.memory import (
 )
 
 RESULTS = Path(__file__).resolve().parent / "results"
+LORA_STEP = "nvidia-h100/train_step-48-layers-graphs-keep-attention.json"
+EXPERTS = "nvidia-h200/compare-transformers.json"
 LAYERS, TOKENS, GLOBAL_BATCH = 48, 4096, 64
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 BACKWARD = 2 / 3
@@ -186,8 +188,8 @@ def table(work: Work, engines: list[str], links: Links) -> str:
 def tables() -> str:
     with torch.device("meta"):
         model = shapes(Qwen3MoeForCausalLM(config(LAYERS)))
-    lora = lora_in_4_bit(model, json.loads((RESULTS / "nvidia-h100/train_step-48-layers-graphs.json").read_text()))
-    whole = whole_in_bf16(model, json.loads((RESULTS / "nvidia-h200/compare-transformers.json").read_text()))
+    lora, whole = (json.loads((RESULTS / name).read_text()) for name in (LORA_STEP, EXPERTS))
+    lora, whole = lora_in_4_bit(model, lora), whole_in_bf16(model, whole)
     return "\n\n".join(
         [
             table(lora, ["DDP", "FSDP2"], NVLINK),

@@ -12,6 +12,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen3_moe_integration import kernelize_model
 from qwen3_moe_integration.__main__ import main
+from qwen3_moe_integration.kept import KEEPABLE
 from qwen3_moe_integration.plan import Step, make_plan
 from qwen3_moe_integration.plan import memory as plan_memory
 from qwen3_moe_integration.plan.memory import GIB, decoded_bytes, estimate, optimizer_bytes, read_bytes, shapes
@@ -95,11 +96,23 @@ def test_the_peak_is_what_train_step_measured_on_an_h100(layers, tokens, measure
 
 
 @pytest.mark.parametrize(
-    ("layers", "tokens", "rank", "reserved"),
-    [(8, 1024, 16, 4.60), (8, 4096, 16, 5.48), (8, 8192, 16, 7.01), (48, 4096, 16, 20.83), (48, 8192, 8, 20.81)],
+    ("layers", "tokens", "rank", "keep", "reserved"),
+    [
+        (8, 1024, 16, (), 4.61),
+        (8, 4096, 16, (), 5.47),
+        (8, 8192, 16, (), 6.82),
+        (8, 4096, 16, ("attention",), 5.73),
+        (8, 8192, 16, ("attention",), 7.21),
+        (8, 1024, 16, KEEPABLE, 4.80),
+        (8, 4096, 16, KEEPABLE, 6.31),
+        (8, 8192, 16, KEEPABLE, 8.54),
+        (48, 4096, 16, (), 20.83),
+        (48, 4096, 16, ("attention",), 21.99),
+        (48, 8192, 8, (), 20.99),
+    ],
 )
-def test_in_graphs_it_is_what_train_step_found_reserved_on_an_h100(layers, tokens, rank, reserved):
-    step = Step(tokens, rank=rank, expert_rank=rank, graphs=True)
+def test_in_graphs_it_is_what_train_step_found_reserved_on_an_h100(layers, tokens, rank, keep, reserved):
+    step = Step(tokens, rank=rank, expert_rank=rank, graphs=True, keep=keep)
     plan = make_plan(model(**PUBLISHED | dict(num_hidden_layers=layers)), step, 24 * GIB)
     assert (plan.peak - plan.parts["CUDA context"]) / GIB == pytest.approx(reserved, rel=0.03)
 
