@@ -1,6 +1,7 @@
 """Layers computed twice: what the first call keeps serves the second, with the same gradients to the last bit."""
 
 import importlib
+import threading
 from types import ModuleType
 from typing import Optional
 
@@ -116,11 +117,69 @@ def test_calls_are_told_apart_by_their_order(kernel, device, forwards):
     assert len(forwards) == 1, "of the one that was not kept"
     for call, result, want in zip(calls, results, wanted):
         assert all(map(torch.equal, call.gradients(result), want))
+
+
+OTHERS = {
+    "9 for 5 tokens": ("adapted", Problem(T=9), "18 slots of 32 columns in torch.float32"),
+    "another width": ("adapted", Problem(T=5, I=24), "10 slots of 48 columns in torch.float32"),
+    "no adapters": ("plain", Problem(T=5), "adapters of 0 and 0 ranks, no dropout"),
+    "dropout": ("adapted with dropout", Problem(T=5), "adapters of 4 and 4 ranks, dropout"),
+}
+
+
+@pytest.mark.parametrize("again", ["keeping", "for_gradients"])
+@pytest.mark.parametrize(("kind", "problem", "what"), OTHERS.values(), ids=OTHERS)
+def test_another_call_than_the_first_is_refused(kernel, device, forwards, again, kind, problem, what):
+    """On a GPU, kernels would write beyond what is kept."""
+    call = Call(kernel, device, problem=Problem(T=5))
+    with torch.no_grad(), kernel.keeping() as kept:
+        call.result()
+    forwards.clear()
+    got = "got 10 slots of 32 columns in torch.float32, adapters of 4 and 4 ranks, no dropout for"
+    with pytest.raises(ValueError, match=f"kept must be of .*, {got} .*{what}"), getattr(kernel, again)(kept):
+        Call(kernel, device, kind, problem).result()
     with (
-        pytest.raises(ValueError, match=r"kept must be of .*, got 10 slots for 18"),
-        kernel.for_gradients(kept),
+        pytest.raises(ValueError, match=f"{got} 10 slots of 32 columns in torch.bfloat16"),
+        getattr(kernel, again)(kept),
+        torch.autocast(device, torch.bfloat16),
     ):
-        calls[1].result()
+        call.result()
+    assert not forwards, "before anything is computed"
+
+
+def test_the_innermost_counts_in_one_thread_and_until_it_ends(kernel, device, forwards):
+    call, elsewhere = Call(kernel, device), []
+    want, wanted = seeded(call, 1)
+    with pytest.raises(KeyError), kernel.keeping() as outer:
+        call.result()
+        with kernel.keeping() as inner, kernel.for_gradients():
+            assert call.result().isnan().all()
+        thread = threading.Thread(target=lambda: elsewhere.append(call.result().detach()))
+        thread.start()
+        thread.join()
+        call.result()
+        raise KeyError
+    assert (len(outer), len(inner)) == (2, 0) and torch.equal(*elsewhere, want)
+    forwards.clear()
+    with kernel.for_gradients(outer):
+        assert all(map(torch.equal, call.gradients(call.result()), wanted)) and not forwards
+        with pytest.raises(KeyError), kernel.for_gradients():
+            raise KeyError
+        call.result()
+        assert not forwards
+    assert torch.equal(call.result(), want) and forwards
+
+
+def test_what_has_been_overwritten_has_no_gradients(kernel, device):
+    call, other = Call(kernel, device), Call(kernel, device)
+    with torch.no_grad(), kernel.keeping() as kept:
+        call.result()
+    with kernel.for_gradients(kept):
+        result = call.result()
+    with torch.no_grad(), kernel.keeping(kept):
+        other.result()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        call.gradients(result)
 
 
 class Watched(TorchDispatchMode):

@@ -16,9 +16,9 @@ Backward with frozen experts, three launches; trained experts add one reduction 
     combine_backward  slots, parts               -> grad of hidden_states (T, H) and of top_k_weights (T, k)
     weight_grad       an expert's rows           -> grad of gate_up_proj, of down_proj
 
-What backward keeps is hidden_states, pre_activation and the index tensors (tiles are made again where backward's
-have another height): the activation is cheaper to compute
-again than to read back, and no gathered or k-times repeated copy of the tokens is ever kept.
+What is kept for backward is hidden_states, pre_activation and the index tensors (tiles are made again where backward's
+have another height): the activation is cheaper to compute again than to read back, and no gathered or k-times repeated
+copy of the tokens is ever kept.
 
 Either weight may be in 4 bit: it is decoded on its way into the product, and has no gradient. Either projection may
 carry an adapter per expert, which adds three launches to it:

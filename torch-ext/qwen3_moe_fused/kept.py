@@ -30,6 +30,10 @@ def keeping(kept: Optional[List[Saved]] = None) -> Iterator[List[Saved]]:
     Yields:
         ``kept``, or a new list: a tuple of tensors and None for each call. For each slot (token and expert) they take
         2I numbers of the dtype of the hidden states, one for each rank of its adapters, and an index.
+
+    Raises:
+        ValueError: by a call that differs from the one that ``kept`` holds in its place in sizes, dtype, ranks or
+            whether there is dropout.
     """
     kept = [] if kept is None else kept
     with _entered(_First(kept)):
@@ -49,7 +53,7 @@ def for_gradients(kept: Sequence[Saved] = ()) -> Iterator[None]:
             that of the first time. Calls beyond are computed.
 
     Raises:
-        ValueError: by a call of another number of slots than the one that ``kept`` holds in its place.
+        ValueError: as :func:`keeping`.
     """
     with _entered(_Second(kept)):
         yield
@@ -74,6 +78,8 @@ class _First:
 
     def __call__(self, forward: Callable, inputs: Tuple, save: bool) -> Tuple[Optional[Tensor], ...]:
         place = next(self.places, None)
+        if place is not None:
+            _check_same(place, inputs)
         out, *saved = forward(*inputs, True, True, place and place[1])
         saved = (_seed(inputs), *saved)
         if place is None:
@@ -94,11 +100,26 @@ class _Second:
         if kept is None or not save:
             out, *saved = forward(*inputs, save, not save)
             return out, _seed(inputs), *saved
-        hidden_states, top_k_index, *_ = inputs
-        slots, kept_slots = top_k_index.numel(), kept[1].shape[0]
-        if kept_slots != slots:
-            raise ValueError(f"kept must be of the same calls as are made again, got {kept_slots} slots for {slots}")
-        return torch.full_like(hidden_states, torch.nan), *kept  # whoever reads it shall notice
+        _check_same(kept, inputs)
+        return torch.full_like(inputs[0], torch.nan), *kept  # whoever reads it shall notice
+
+
+def _check_same(kept: Saved, inputs: Tuple) -> None:
+    """Kernels write and read what is kept by the sizes of a call."""
+    hidden_states, top_k_index, _, gate_up, down, *_ = inputs
+    seed, pre_activation, *low_rank = kept[:4]
+    slots, columns = pre_activation.shape
+    ranks = [0 if x is None else x.shape[1] for x in low_rank]
+    got = _form(slots, columns, pre_activation.dtype, ranks, seed)
+    ranks = [gate_up.low_rank_width, down.low_rank_width]
+    want = _form(top_k_index.numel(), gate_up.weight.shape[1], hidden_states.dtype, ranks, _seed(inputs))
+    if got != want:
+        raise ValueError(f"kept must be of the same calls as are made again, got {got} for {want}")
+
+
+def _form(slots: int, columns: int, dtype: torch.dtype, ranks: List[int], seed: Optional[Tensor]) -> str:
+    dropout = "no dropout" if seed is None else "dropout"
+    return f"{slots} slots of {columns} columns in {dtype}, adapters of {ranks[0]} and {ranks[1]} ranks, {dropout}"
 
 
 def _seed(inputs: Tuple) -> Optional[Tensor]:
