@@ -29,7 +29,8 @@ def enable_fused_linear_lora(model: nn.Module) -> nn.Module:
     Call it after ``get_peft_model`` or ``PeftModel.from_pretrained``, and again once an adapter reaches layers that had
     none. Weights, names and files do not change, nor does what PEFT does with adapters. Where there is more to do than
     one adapter's products, PEFT computes the call as before: several active adapters, dropout, DoRA, ``lora_bias``, a
-    bias that is trained, factors of another dtype than the input without autocast, hooks within the layer, and
+    bias that is trained, factors of another dtype than the input without autocast (PEFT makes them fp32 unless told
+    otherwise), a ``compute_dtype`` of bitsandbytes that is not the input's, hooks within the layer, and
     ``torch.compile``, which reads PEFT's own.
 
     Args:
@@ -84,6 +85,7 @@ class Linear4bit(peft_bnb.Linear4bit):
             or (dropout.training and not isinstance(dropout, nn.Identity))
             or not _is_untouched(base, bitsandbytes.nn.Linear4bit)
             or not (_is_untouched(A, nn.Linear) and _is_untouched(B, nn.Linear))
+            or not _is_untouched(dropout, type(dropout))
             or B.bias is not None
             or (base.bias is not None and base.bias.requires_grad)
             or any(type(tensor) not in LOCAL for tensor in (x, A.weight, B.weight, base.weight))

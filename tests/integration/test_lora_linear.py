@@ -7,6 +7,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import bnb as peft_bnb
 from torch import distributed, nn
@@ -279,6 +280,8 @@ CASES = {
     "hook on the base": ({}, _hooked("base_layer")),
     "hook on A": ({}, _hooked("lora_A.default")),
     "hook on B": ({}, _hooked("lora_B.default")),
+    "hook on dropout": ({}, _hooked("lora_dropout.default")),
+    "Accelerate's hook on the base": ({}, lambda model: add_hook_to_module(layer_of(model).base_layer, ModelHook())),
 }
 
 
