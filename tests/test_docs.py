@@ -9,12 +9,14 @@ import json
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import qwen3_moe_integration
+from qwen3_moe_integration import lora_linear
 from tests import stand_ins
 from tests.documents import ROOT, blocks, in_own_process, run
 from tests.integration.adapters import assert_same_additions
@@ -56,6 +58,13 @@ def check_script(after):
     assert names["out"].shape == (T, H) and names["dense"].shape == (E, 2 * I, H)
     assert names["hidden_states"].grad.norm() > 0 and names["B"].grad.norm() > 0
     assert names["gate_and_up"].shape == (T * k, 2 * I)
+    assert len(names["kept"]) == 1 and names["again"].isnan().all()
+    seed, *_ = names["kept"][0]
+    with patch.object(torch, "randint", lambda *_, **options: seed):
+        out = names["moe"].fused_experts(*names["arguments"], gate_up_lora=names["gate_up_lora"])
+    assert torch.equal(out, names["out"])
+    want = torch.autograd.grad(out, (names["hidden_states"], names["A"], names["B"]), names["grad_output"])
+    assert all(map(torch.equal, names["grads"], want))
 
 
 def check_kernelize(after):
@@ -68,7 +77,12 @@ def check_kernelize(after):
 
 
 def check_peft(after):
-    check_runs_on_the_kernel(after[1]["model"])
+    trained = after[1]["model"]
+    check_runs_on_the_kernel(trained)
+    attention = [module for module in trained.modules() if isinstance(module, lora_linear.Linear4bit)]
+    assert len(attention) == 4 * trained.config.num_hidden_layers
+    for layer in attention:
+        assert layer._plain_lora(torch.empty(1, layer.in_features, dtype=torch.bfloat16, device=trained.device))
     check_runs_on_the_kernel(after[-1]["merged"])
     assert not [name for name, _ in after[-1]["merged"].named_parameters() if "lora" in name]
 
