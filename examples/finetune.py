@@ -258,10 +258,19 @@ def check(options: argparse.Namespace) -> Plan | None:
     if plan:
         print(plan)
         if not plan.fits:
-            without = argparse.Namespace(**vars(options) | {"graphs": False, "keep": ()})
-            hint = " It fits with --no-graphs." if options.graphs and plan_for(without).fits else ""
-            raise SystemExit(f"The run does not fit: lower --seq-len, --batch-size or --expert-rank.{hint}")
+            raise SystemExit(
+                f"The run does not fit: lower --seq-len, --batch-size or --expert-rank.{what_fits(options)}"
+            )
     return plan
+
+
+def what_fits(options: argparse.Namespace) -> str:
+    """Which option makes a run fit, keeping as much as may be; empty if none does."""
+    less = {"--keep and nothing after it": {"keep": ()}, "--no-graphs": {"graphs": False, "keep": ()}}
+    for option, change in less.items() if options.graphs else ():
+        if plan_for(argparse.Namespace(**vars(options) | change)).fits:
+            return f" It fits with {option}."
+    return ""
 
 
 def train(options: argparse.Namespace) -> Trainer:
@@ -277,8 +286,9 @@ def train(options: argparse.Namespace) -> Trainer:
     model = load_base(options, checkpoint)
     if not is_whole(options):
         model = with_adapter(model, options)
+    keep = plan.step.keep if plan else options.keep or ()
     if options.graphs:
-        enable_graphed_checkpointing(model, keep=plan.step.keep if plan else options.keep or ())
+        enable_graphed_checkpointing(model, keep=keep)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(f"Training {trained / 1e6:.2f} M parameters.")
     tokenizer = AutoTokenizer.from_pretrained(options.model or small_model(options.output))
@@ -292,6 +302,7 @@ def train(options: argparse.Namespace) -> Trainer:
     except torch.OutOfMemoryError as error:
         longest = f" The longest sequence that should have fit: {plan.longest} tokens." if plan else ""
         graphs = " --no-graphs takes less, too." if options.graphs else ""
+        graphs = " --keep and nothing after it takes less, --no-graphs less still." if keep else graphs
         raise SystemExit(
             f"{error}\nOut of memory: lower --seq-len, --batch-size or --expert-rank, then --resume.{longest}{graphs}"
         ) from error

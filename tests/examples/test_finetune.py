@@ -241,6 +241,11 @@ def test_a_run_that_fits_without_graphs_is_told_so(whole, monkeypatch, capsys):
     assert finetune.check(finetune.parse([*model, "--no-graphs", "--gpu-memory", between])).fits
     with pytest.raises(SystemExit, match=r"does not fit: lower --seq-len.*\. It fits with --no-graphs\."):
         finetune.check(finetune.parse([*model, "--graphs", "--gpu-memory", between]))
+    fits_alone = str(peak("--graphs") * 1.001)
+    with pytest.raises(SystemExit, match=r"does not fit: .* It fits with --keep and nothing after it\."):
+        finetune.check(finetune.parse([*model, "--graphs", "--keep", "experts", "--gpu-memory", fits_alone]))
+    with pytest.raises(SystemExit, match=r"It fits with --no-graphs\."):
+        finetune.check(finetune.parse([*model, "--graphs", "--keep", "experts", "--gpu-memory", between]))
 
 
 def test_graphs_keep_what_is_sure_to_fit_attention_first(whole, monkeypatch):
@@ -263,8 +268,16 @@ def test_graphs_keep_what_is_sure_to_fit_attention_first(whole, monkeypatch):
         finetune.parse(["--keep", "attention", "--no-graphs"])
 
 
-@pytest.mark.parametrize("graphs", ["--graphs", "--no-graphs"])
-def test_out_of_memory_says_what_to_lower(whole, text, tmp_path, kernel_dir, monkeypatch, graphs):
+@pytest.mark.parametrize(
+    ("chosen", "hint"),
+    [
+        (["--no-graphs"], ""),
+        (["--graphs", "--keep"], " --no-graphs takes less, too."),
+        (["--graphs"], " --keep and nothing after it takes less, --no-graphs less still."),
+    ],
+    ids=str,
+)
+def test_out_of_memory_says_what_to_lower(whole, text, tmp_path, kernel_dir, monkeypatch, chosen, hint):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import finetune
 
@@ -280,11 +293,10 @@ def test_out_of_memory_says_what_to_lower(whole, text, tmp_path, kernel_dir, mon
 
     monkeypatch.setattr(finetune, "make_trainer", lambda *_: Full())
     model = ("--model", str(whole / "small-qwen3-moe"), "--output", str(tmp_path), "--kernel", str(kernel_dir))
-    options = finetune.parse([*model, "--dataset", str(text), "--seq-len", "32", "--gpu-memory", "2", graphs])
-    wanted = r"(?s)Tried to allocate.*Out of memory: lower --seq-len.*fit: \d+ tokens\."
-    with pytest.raises(SystemExit, match=wanted) as stopped:
+    options = finetune.parse([*model, "--dataset", str(text), "--seq-len", "32", "--gpu-memory", "2", *chosen])
+    wanted = rf"(?s)Tried to allocate.*Out of memory: lower --seq-len.*fit: \d+ tokens\.{hint}$"
+    with pytest.raises(SystemExit, match=wanted):
         finetune.train(options)
-    assert ("--no-graphs takes less" in str(stopped.value)) == (graphs == "--graphs")
 
 
 def test_the_clock_counts_steps_and_no_pauses(monkeypatch):

@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from qwen3_moe_integration import enable_graphed_checkpointing, graphed, kernelize_model
+from qwen3_moe_integration.kept import KEEPABLE
 from tests.integration import graphs
-from tests.integration.graphs import assert_same_steps, recordings
+from tests.integration.graphs import assert_same_steps, kept, recordings
 from tests.integration.lora import config, pair
 from tests.integration.models import QWEN3, tokens
 from tests.integration.quantized import NESTED, SIZES, checkpoint, load
@@ -110,7 +111,8 @@ class Rows(Dataset):
         return {"input_ids": self.rows[at], "labels": self.rows[at]}
 
 
-def test_a_trainer_accumulates_evaluates_saves_and_resumes_the_same(source, tmp_path):
+@pytest.mark.parametrize("keep", [(), KEEPABLE])
+def test_a_trainer_accumulates_evaluates_saves_and_resumes_the_same(source, tmp_path, keep):
     base, rows = QWEN3.build(), Rows()
 
     def run(name: str, resume: str | None = None) -> tuple[list, Trainer]:
@@ -118,7 +120,7 @@ def test_a_trainer_accumulates_evaluates_saves_and_resumes_the_same(source, tmp_
         model = get_peft_model(copy.deepcopy(base), config(init_lora_weights=True))
         kernelize_model(model, kernel=source)
         if name == "graphs":
-            enable_graphed_checkpointing(model)
+            enable_graphed_checkpointing(model, keep=keep)
         arguments = TrainingArguments(
             tmp_path / name, max_steps=6, save_steps=3, eval_strategy="steps", eval_steps=3, learning_rate=3e-2,
             per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1, use_cpu=True,
@@ -133,6 +135,7 @@ def test_a_trainer_accumulates_evaluates_saves_and_resumes_the_same(source, tmp_
 
     (want, usual), (got, trainer) = run("usual"), run("graphs")
     assert got == want and recordings(trainer.model) == 2
+    assert all(map(bool, kept(trainer.model))) == bool(keep)
     assert [value for step, kind, value in want if kind == "loss"][-1] < want[1][-1]
     again, resumed = run("graphs", resume=str(tmp_path / "graphs" / "checkpoint-3"))
     assert again == want and recordings(resumed.model) == 2
