@@ -12,18 +12,18 @@ dtype, trained parameters, ...) in which it has been through backward before; un
 import functools
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Optional
 from weakref import WeakKeyDictionary
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .kept import KEEPABLE, Kept
+from .layer_state import LayerState, NotRecordableError, State
 from .recording import Device, Recording, Replay, casts_in_force
 
 Tensor = torch.Tensor
@@ -78,7 +78,7 @@ class GraphedCheckpoint:
 
     def __init__(self, variants: int, keep: tuple[str, ...]):
         self.variants, self.keep = variants, keep
-        self._known: WeakKeyDictionary[nn.Module, list[_Variant]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
         self._devices: dict[torch.device, Device] = {}
 
     def __call__(self, function: functools.partial, hidden_states: Tensor, *args: Any) -> Any:
@@ -88,8 +88,8 @@ class GraphedCheckpoint:
         layer = function.func.__self__
         values, tree = pytree.tree_flatten((args, function.keywords))
         try:
-            variant = self._variant(layer, _Call.of(layer, hidden_states, values, tree))
-        except _NotRecordableError as reason:
+            variant = self._variant(layer, hidden_states, values, tree)
+        except NotRecordableError as reason:
             _warn_once(f"{type(layer).__name__} is checkpointed without CUDA graphs: {reason}")
             return checkpoint(function, hidden_states, *args, use_reentrant=False)
         if not variant.tried:
@@ -104,22 +104,25 @@ class GraphedCheckpoint:
             variant.recording = Recording(function.func, hidden_states, values, tree, kept, device)
         return Replay.apply(variant.recording, values, hidden_states, *variant.recording.parameters)
 
-    def _variant(self, layer: nn.Module, call: "_Call") -> "_Variant":
+    def _variant(self, layer: nn.Module, hidden_states: Tensor, values: list, tree: pytree.TreeSpec) -> "_Variant":
         """The same for equal calls.
 
         Raises:
-            _NotRecordableError: saying why this call can have none.
+            NotRecordableError: saying why this call can have none.
         """
-        known = self._known.setdefault(layer, [])
-        variant = next((variant for variant in known if variant.call == call), None)
+        known = self._known.get(layer)
+        if known is None:
+            known = self._known[layer] = _Known(LayerState(layer))
+        call = _Call.of(hidden_states, values, tree, known.state)
+        variant = next((variant for variant in known.variants if variant.call == call), None)
         if variant is None:
-            if len(known) == self.variants:
-                raise _NotRecordableError(
+            if len(known.variants) == self.variants:
+                raise NotRecordableError(
                     f"it was called in more than {self.variants} forms; pack or pad sequences to few lengths"
                 )
-            known.append(variant := _Variant(call))
+            known.variants.append(variant := _Variant(call))
         if variant.recording is not None and variant.recording.awaits_backward:
-            raise _NotRecordableError("what it keeps is that of an earlier forward, which waits for its backward")
+            raise NotRecordableError("what it keeps is that of an earlier forward, which waits for its backward")
         return variant
 
     def _warm_up(self, function: functools.partial, hidden_states: Tensor, *args: Any) -> Kept:
@@ -145,63 +148,23 @@ class _Call:
     inputs: list
     tree: pytree.TreeSpec
     autocast: tuple
-    state: list
+    state: State
 
     @classmethod
-    def of(cls, layer: nn.Module, hidden_states: Tensor, values: list, tree: pytree.TreeSpec) -> "_Call":
+    def of(cls, hidden_states: Tensor, values: list, tree: pytree.TreeSpec, layer: LayerState) -> "_Call":
         """Raises:
-        _NotRecordableError: saying why.
+        NotRecordableError: saying why.
         """
         kind = hidden_states.device.type
         if not _can_record(hidden_states.device):
-            raise _NotRecordableError(f"it runs on {kind}")
+            raise NotRecordableError(f"it runs on {kind}")
         if any(isinstance(value, Tensor) and value.requires_grad for value in values):
-            raise _NotRecordableError("it has an input besides hidden_states that requires a gradient")
+            raise NotRecordableError("it has an input besides hidden_states that requires a gradient")
         inputs = [_meta(value) if isinstance(value, Tensor) else value for value in (hidden_states, *values)]
-        state = _state(layer)
-        if not hidden_states.requires_grad and True not in state:
-            raise _NotRecordableError("nothing in it or before it is trained")
+        state = layer.read()
+        if not hidden_states.requires_grad and not state.is_trained:
+            raise NotRecordableError("nothing in it or before it is trained")
         return cls(inputs, tree, (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)), state)
-
-
-def _state(layer: nn.Module) -> list:
-    """Of every module in a layer whether it trains, where its tensors lie and what its adapters do.
-
-    Done for each call, so it walks as directly as it can.
-    """
-    state, modules = [], [layer]
-    while modules:
-        module = modules.pop()
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "_hf_hook" in module.__dict__
-        ):
-            raise _NotRecordableError(f"its {type(module).__name__} has hooks, which a graph would not call")
-        state.append("trains" if module.training else "evaluates")
-        for tensor in module._parameters.values():
-            if tensor is not None:
-                state += tensor.data_ptr(), tensor.dtype, tensor.requires_grad
-        for tensor in module._buffers.values():
-            if tensor is not None:
-                state += tensor.data_ptr(), tensor.dtype
-        if _has_adapters(type(module)):
-            # As tuples: PEFT changes its lists in place, and a call that is kept must not change with them.
-            state += tuple(module.active_adapters), tuple(module.merged_adapters), module.disable_adapters and "off"
-            state += getattr(module, "scaling", {}).items()
-        modules.extend(child for child in module._modules.values() if child is not None)
-    return state
-
-
-@functools.cache
-def _has_adapters(kind: type) -> bool:
-    return issubclass(kind, BaseTunerLayer)  # of abstract classes, and so not cheap
-
-
-class _NotRecordableError(Exception):
-    """A call that is checkpointed as usual."""
 
 
 @dataclass
@@ -215,6 +178,14 @@ class _Variant:
 
     def was_tried(self, grad: Tensor) -> None:
         self.tried = True
+
+
+@dataclass
+class _Known:
+    """Of a layer: how to read its state, and the forms in which it was called."""
+
+    state: LayerState
+    variants: list[_Variant] = field(default_factory=list)
 
 
 def _meta(tensor: Tensor) -> tuple:

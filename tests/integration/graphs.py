@@ -55,13 +55,13 @@ def stand_in(setattr: Callable[[Any, str, Any], None] = setattr) -> None:
 def recordings(model: nn.Module) -> int:
     """How many forms of calls were recorded, of all layers together."""
     (checkpoint,) = {id(c): c for c in map(checkpoint_of, layers(model))}.values()
-    return sum(variant.recording is not None for variants in checkpoint._known.values() for variant in variants)
+    return sum(variant.recording is not None for known in checkpoint._known.values() for variant in known.variants)
 
 
 def kept(model: nn.Module) -> list[tuple[torch.Tensor, ...]]:
     """What each recording keeps from forward to backward."""
     known = checkpoint_of(layers(model)[0])._known.values()
-    return [v.recording.kept.tensors for variants in known for v in variants if v.recording]
+    return [v.recording.kept.tensors for each in known for v in each.variants if v.recording]
 
 
 def layers(model: nn.Module) -> nn.ModuleList:

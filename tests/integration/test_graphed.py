@@ -57,7 +57,7 @@ def test_layers_alike_share_their_buffers(twins, device):
     assert_same_steps(*twins, [tokens(device=device)] * 3)
     model = twins[0]
     checkpoint = checkpoint_of(layers(model)[0])
-    first, second = (variants[0].recording for variants in checkpoint._known.values())
+    first, second = (known.variants[0].recording for known in checkpoint._known.values())
     assert first.state is second.state and first.grad is second.grad
     assert [*map(id, first.grads)] == [*map(id, second.grads)]
     assert len({*map(id, first.grads)}) == len([*trainable(layers(model)[0])])
