@@ -5,7 +5,7 @@ is overwritten by the next layer. Only what forward keeps for backward (see ``ke
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -39,14 +39,46 @@ class Device:
         return graph.replay
 
 
-class Buffers(dict):
+class Buffers:
     """Tensors by what they are for, and what they are: layers that are alike have the same."""
+
+    def __init__(self):
+        self._tensors: dict[tuple, Tensor] = {}
+        self._inputs: dict[tuple, Input] = {}
 
     def like(self, tensor: Tensor, *purpose: Any) -> Tensor:
         key = (*purpose, tensor.shape, tensor.dtype, tensor.device)
-        if key not in self:
-            self[key] = torch.empty_like(tensor, requires_grad=False)
-        return self[key]
+        if key not in self._tensors:
+            self._tensors[key] = torch.empty_like(tensor, requires_grad=False)
+        return self._tensors[key]
+
+    def input(self, tensor: Tensor, index: int) -> "Input":
+        key = (index, tensor.shape, tensor.dtype, tensor.device)
+        if key not in self._inputs:
+            self._inputs[key] = Input(torch.empty_like(tensor))
+        return self._inputs[key]
+
+
+class Input:
+    """A buffer for what every layer of a model is called with, such as positions: the first one reads it for all.
+
+    What a call has read is among the tensors that autograd saves for it. So until the backward of that call is over,
+    the tensor can change only by what counts its version up, or gradients are wrong without graphs too. After that it
+    is read again: one that is there from step to step may be filled by a kernel or a graph, which count nothing.
+    """
+
+    def __init__(self, buffer: Tensor):
+        self.buffer = buffer
+        self._tensor: Callable[[], Optional[Tensor]] = lambda: None
+        self._reader: Callable[[], Optional[_Claim]] = lambda: None
+        self._version = 0
+
+    def read(self, tensor: Tensor, claim: "_Claim") -> None:
+        """For the call with this claim."""
+        reader = self._reader()
+        if reader is None or reader.over or self._tensor() is not tensor or self._version != tensor._version:
+            self.buffer.copy_(tensor)
+            self._tensor, self._reader, self._version = weakref.ref(tensor), weakref.ref(claim), tensor._version
 
 
 class Recording:
@@ -76,9 +108,10 @@ class Recording:
         self.state = device.buffers.like(hidden_states, "state")
         self.grad = device.buffers.like(hidden_states, "grad")
         self.grads = [device.buffers.like(each, "grad of", i) for i, each in enumerate(self.parameters)]
-        self.values = [device.buffers.like(v, i) if isinstance(v, Tensor) else v for i, v in enumerate(values)]
+        self.inputs = {i: device.buffers.input(v, i) for i, v in enumerate(values) if isinstance(v, Tensor)}
         self.used: list[bool] = []
-        args, keywords = pytree.tree_unflatten(self.values, tree)
+        read = [self.inputs[i].buffer if i in self.inputs else value for i, value in enumerate(values)]
+        args, keywords = pytree.tree_unflatten(read, tree)
         kind, casts = hidden_states.device.type, casts_in_force(hidden_states.device.type)
 
         def run(state: Tensor) -> Tensor:
@@ -114,11 +147,10 @@ class Recording:
                 f"the GPU; use model.gradient_checkpointing_enable() instead. {error}"
             ) from error
 
-    def read(self, hidden_states: Tensor, values: list) -> None:
+    def read(self, hidden_states: Tensor, inputs: Iterable[Tensor], claim: "_Claim") -> None:
         self.state.copy_(hidden_states)
-        for buffer, value in zip(self.values, values):
-            if isinstance(value, Tensor):
-                buffer.copy_(value)
+        for each, tensor in zip(self.inputs.values(), inputs):
+            each.read(tensor, claim)
 
     @property
     def awaits_backward(self) -> bool:
@@ -175,9 +207,9 @@ class Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, recording: Recording, values: list, hidden_states: Tensor, *parameters: Tensor) -> Tensor:
         ctx.recording, ctx.claim, ctx.offset = recording, recording.claim(), recording.generator.get_offset()
-        recording.read(hidden_states, values)
+        inputs = [values[i] for i in recording.inputs]
+        recording.read(hidden_states, inputs, ctx.claim)
         recording.forward()
-        inputs = [value if isinstance(value, Tensor) else None for value in values]
         ctx.save_for_backward(hidden_states, *inputs)
         return recording.state.clone()
 
@@ -185,13 +217,13 @@ class Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output: Tensor) -> tuple:
         recording, generator = ctx.recording, ctx.recording.generator
-        hidden_states, *values = ctx.saved_tensors
+        hidden_states, *inputs = ctx.saved_tensors
         if not recording.holds(ctx.claim):
             raise RuntimeError(
                 "backward came a second time (retain_graph=True) after another forward, which has overwritten what was "
                 "kept for it; let it come before that, or pass keep=() to enable_graphed_checkpointing"
             )
-        recording.read(hidden_states, values)
+        recording.read(hidden_states, inputs, ctx.claim)
         recording.grad.copy_(grad_output)
         # What forward dropped has to be dropped again.
         offset = generator.get_offset()

@@ -133,6 +133,22 @@ def test_a_mask_may_change_from_call_to_call(twins, device):
     assert recordings(twins[0]) == 2
 
 
+def test_a_mask_that_is_filled_behind_autograds_back_is_read_each_step(twins, device):
+    """As graphs and kernels do that fill what a training loop keeps."""
+    batch, mask = tokens(device=device), torch.zeros(2, 1, 13, 13, device=device)
+    for step in range(5):
+        version = mask._version
+        mask.data[..., : step + 1] = -1e4
+        assert mask._version == version
+        grads = []
+        for model in twins:
+            model.zero_grad()
+            model(input_ids=batch, attention_mask=mask, labels=batch).loss.backward()
+            grads.append([parameter.grad for _, parameter in trainable(model)])
+        assert all(torch.equal(a, b) for a, b in zip(*grads)), step
+    assert recordings(twins[0]) == 2
+
+
 def test_a_parameter_that_moved_is_read_where_it_is(twins, device):
     assert_same_steps(*twins, [tokens(device=device)] * 3)
     for model in twins:
