@@ -134,7 +134,7 @@ class Recording:
                     grads = torch.autograd.grad(end, wanted, self.grad, allow_unused=True)
             self.used = [grad is not None for grad in grads[: len(leaves)]]
             buffers = zip([*self.grads, self.grad], grads)
-            torch._foreach_copy_(*map(list, zip(*(pair for pair in buffers if pair[1] is not None))))
+            _copy_all([(buffer, grad) for buffer, grad in buffers if grad is not None])
 
         try:
             # The one that takes more memory comes first: what it leaves in the pool then holds the other.
@@ -201,6 +201,12 @@ def _fresh(layer: nn.Module, parameters: list[Tensor]) -> Iterator[list[Tensor]]
             owner[name] = parameter
 
 
+def _copy_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """To the first of each pair from the second. A launch for each dtype: at once, they would take one a tensor."""
+    for dtype in {to.dtype for to, _ in pairs}:
+        torch._foreach_copy_(*map(list, zip(*(pair for pair in pairs if pair[0].dtype == dtype))))
+
+
 class Replay(torch.autograd.Function):
     """A layer's call: its parameters are inputs, so their gradients go where those of any other layer go."""
 
@@ -235,6 +241,6 @@ class Replay(torch.autograd.Function):
         results += [each if used else None for used, each in zip(recording.used, recording.grads)]
         present = [each for each in results if each is not None]
         copies = [torch.empty_like(each) for each in present]
-        torch._foreach_copy_(copies, present)
+        _copy_all([*zip(copies, present)])
         left = iter(copies)
         return None, None, *(None if each is None else next(left) for each in results)
