@@ -269,13 +269,10 @@ CASES = {
     "DoRA": ({"use_dora": True}, lambda model: None),
     "bias of the adapter": ({"lora_bias": True, "bias": True}, lambda model: None),
     "bias that is trained": ({"bias": True}, lambda model: layer_of(model).base_layer.bias.requires_grad_()),
-    "factors in another dtype": (
-        {},
-        lambda model: [f.double() for f in (layer_of(model).lora_A, layer_of(model).lora_B)],
-    ),
+    "factors in another dtype": ({}, lambda model: model.double()),
     "computes in another dtype": (
         {},
-        lambda model: setattr(layer_of(model).base_layer, "compute_dtype", torch.bfloat16),
+        lambda model: setattr(layer_of(model).base_layer, "compute_dtype", torch.float16),
     ),
     "hook on the base": ({}, _hooked("base_layer")),
     "hook on A": ({}, _hooked("lora_A.default")),
