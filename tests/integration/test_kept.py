@@ -13,6 +13,7 @@ from torch import nn
 from qwen3_moe_integration import enable_graphed_checkpointing, graphed
 from qwen3_moe_integration.experts import kernel_of
 from qwen3_moe_integration.kept import KEEPABLE
+from qwen3_moe_integration.kept_experts import kernel_with_experts
 from qwen3_moe_integration.plan import Step
 from qwen3_moe_integration.plan.memory import KEPT_BYTES, shapes
 from tests.integration import graphs
@@ -112,6 +113,15 @@ def test_experts_off_the_kernel_keep_nothing(source, monkeypatch):
     models = twins(pair(source, config(target_parameters=None))[1], ["experts"])
     assert_same_steps(*models, [tokens() for _ in range(4)])
     assert kept(models[0]) == [(), ()]
+
+
+def test_only_layers_that_add_their_experts_result_do_without_it(source):
+    """Of another model's, gradients may read it."""
+    layer = layers(twins_of(source, "cpu")[0])[0]
+    assert kernel_with_experts(layer) is kernel_of(layer.mlp.experts.get_base_layer())
+    other = nn.Module()
+    other.mlp = layer.mlp
+    assert kernel_with_experts(other) is None
 
 
 @pytest.mark.parametrize("keep", KEPT[1:])

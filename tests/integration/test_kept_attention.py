@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen3_moe_integration import enable_graphed_checkpointing, graphed
-from qwen3_moe_integration.kept_attention import KeptAttention
+from qwen3_moe_integration.kept_attention import KeptAttention, _AttentionCall
 from tests.integration import graphs
 from tests.integration.graphs import assert_same_steps, kept, layers, recordings
 from tests.integration.lora import config, pair
@@ -94,7 +94,23 @@ def test_calls_are_told_apart_by_their_order():
         results = [scaled_dot_product_attention(*qkv, enable_gqa=True) for qkv in (first, second)]
     with attention.recomputation():
         again = [scaled_dot_product_attention(*qkv, enable_gqa=True) for qkv in (first, second)]
+        with AttentionOps() as ops:  # beyond what is kept
+            third = scaled_dot_product_attention(*first, enable_gqa=True)
     assert all(map(torch.equal, results, again)) and not torch.equal(*again)
+    assert ops.forward == 1 and torch.equal(third, results[0])
+
+
+def test_calls_of_another_form_are_left_alone():
+    def refuse(*args, **options):
+        raise AssertionError("it is not to be kept")
+
+    query, key, value = random_qkv()
+    with _AttentionCall(refuse):
+        scaled_dot_product_attention(query, key, value, dropout_p=0.5, enable_gqa=True)
+        scaled_dot_product_attention(query, key, value, None, 0.5, enable_gqa=True)
+        torch.softmax(query, -1)
+        with pytest.raises(AssertionError, match="not to be kept"):
+            scaled_dot_product_attention(query, key, value, dropout_p=0.0, enable_gqa=True)
 
 
 def test_under_autocast(source, device):

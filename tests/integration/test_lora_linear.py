@@ -253,9 +253,9 @@ def _two_active(model: PeftModel) -> None:
     model.base_model.set_adapter(["default", "second"])
 
 
-def _hooked(name: str) -> Callable[[PeftModel], None]:
+def _hooked(name: str, kind: str) -> Callable[[PeftModel], None]:
     def hook(model: PeftModel) -> None:
-        model.base_model.model.proj.get_submodule(name).register_forward_hook(lambda *_: None)
+        getattr(layer_of(model).get_submodule(name), f"register_{kind}_hook")(lambda *_: None)
 
     return hook
 
@@ -274,12 +274,11 @@ CASES = {
         {},
         lambda model: setattr(layer_of(model).base_layer, "compute_dtype", torch.float16),
     ),
-    "hook on the base": ({}, _hooked("base_layer")),
-    "hook on A": ({}, _hooked("lora_A.default")),
-    "hook on B": ({}, _hooked("lora_B.default")),
-    "hook on dropout": ({}, _hooked("lora_dropout.default")),
     "Accelerate's hook on the base": ({}, lambda model: add_hook_to_module(layer_of(model).base_layer, ModelHook())),
 }
+for part in ("base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"):
+    for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+        CASES[f"{kind} hook on {part}"] = ({}, _hooked(part, kind))
 
 
 @pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")

@@ -192,12 +192,16 @@ def test_inference_compiles_no_kernel_of_backward(kernel, compiler):
     assert sorted(set(compiler.compiled)) == sorted(set(compiler.launched)) and compiler.launched
 
 
-@pytest.mark.parametrize("kind", ["adapters", "4 bit with adapters"])
-def test_a_call_without_gradients_compiles_all_of_a_checkpointed_step(kernel, compiler, kind):
+@pytest.mark.parametrize("kind", ["adapters", "4 bit with adapters", "4 bit with adapters, fast"])
+def test_a_call_without_gradients_compiles_all_of_a_checkpointed_step(kernel, compiler, kind, monkeypatch):
+    if "fast" in kind:  # whose scales are prepared for one projection if the result is not wanted, else for both
+        regime = importlib.import_module(f"{kernel.__name__}.regime")
+        monkeypatch.setattr(regime, "has_byte_permute", lambda device: True)
+        monkeypatch.setattr(regime, "_fits_fast", lambda weight: True)
     layer = Layer(kernel, kind)
-    with torch.no_grad():
+    with torch.no_grad():  # as PEFT's factors come: views of parameters
         for at, (weight, lora) in enumerate(layer.projections):
-            views = (factor.view(factor.shape) for factor in lora[:2])  # made without gradients, they require none
+            views = (factor.view(factor.shape) for factor in lora[:2])
             layer.projections[at] = layer.projection.Projection(weight, lora.__class__(*views))
     layer.forward(save=False)
     known = len(compiler.compiled)

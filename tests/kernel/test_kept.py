@@ -41,11 +41,11 @@ class Call:
 
 
 @pytest.fixture
-def forwards(kernel, monkeypatch) -> list:
-    """One entry for each time that a backend has computed forward."""
+def forwards(kernel, monkeypatch) -> list[tuple]:
+    """The inputs of each forward that a backend has computed."""
     table, computed = importlib.import_module(f"{kernel.__name__}.backends").FORWARD, []
     for kind, forward in table.items():
-        monkeypatch.setitem(table, kind, lambda *inputs, forward=forward: computed.append(1) or forward(*inputs))
+        monkeypatch.setitem(table, kind, lambda *inputs, forward=forward: computed.append(inputs) or forward(*inputs))
     return computed
 
 
@@ -90,7 +90,7 @@ def test_with_gradients_too_it_is_kept(kernel, device, forwards):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kept_again_it_lies_where_it_lay(kernel, device, kind):
+def test_kept_again_it_lies_where_it_lay(kernel, device, kind, forwards):
     call, other = Call(kernel, device, kind), Call(kernel, device, kind)
     torch.manual_seed(1)
     with torch.no_grad(), kernel.keeping() as kept:
@@ -101,6 +101,7 @@ def test_kept_again_it_lies_where_it_lay(kernel, device, kind):
     with torch.no_grad(), poisoned_memory(device), kernel.keeping(kept) as same:
         assert torch.equal(other.result(), want)
     assert same is kept and [x if x is None else x.data_ptr() for x in kept[0]] == places
+    assert forwards[-1][-1] is kept[0][1], "the largest is computed where it is kept"
     with kernel.for_gradients(kept):
         assert all(map(torch.equal, other.gradients(other.result()), wanted))
 

@@ -90,6 +90,18 @@ def test_what_is_decoded_at_a_time_is_bounded(kernel, regime):
     assert scratch[257] == scratch[10**5] <= 64 * MIB
 
 
+def test_directions_know_whether_their_tiles_are_of_one_height(kernel, regime, byte_permute):
+    """Backward reads forward's tile table then, and makes its own otherwise."""
+    weights, found = (stack(kernel, 2, 256, 128), stack(kernel, 2, 128, 128)), set()
+    for rows in (1, 2, 5, 8, 12, 24, 40, 100, 500, 5000):
+        settings = (2 * rows, *weights, torch.bfloat16, CPU, kernel_tiling(kernel))
+        plans = [regime.plan(*settings, backward) for backward in (False, True)]
+        same = plans[0].block_m == plans[1].block_m
+        assert [plan.shares_tiles for plan in plans] == [same] * 2, rows
+        found.add(same)
+    assert found == ({True, False} if byte_permute else {True})
+
+
 def kernel_tiling(kernel):
     tiling = importlib.import_module(f"{kernel.__name__}.tiling")
     return tiling.choose(16, 2, torch.bfloat16, CPU)

@@ -45,8 +45,8 @@ def _forward_and_backward(
     otherwise.
     """
     tokens, projections = (hidden_states, top_k_index, top_k_weights), (gate_up_projection, down_projection)
-    weights = [not projection.four_bit and _is_trained(projection.weight) for projection in projections]
-    factors = [_is_trained(x) for p in projections for x in (p.lora[:2] if p.lora else (None, None))]
+    weights = [not projection.four_bit and projection.weight.requires_grad for projection in projections]
+    factors = [p.lora is not None and p.lora[i].requires_grad for p in projections for i in range(2)]
     checkpointed = not save and any(factors)
     forward = partial(experts_forward, *tokens, *projections, seed, activation)
     out, *saved = forward(save or checkpointed, result)
@@ -56,11 +56,6 @@ def _forward_and_backward(
     if checkpointed:
         forward(True, False)
         forward(False, result)
-
-
-def _is_trained(tensor: Optional[Tensor]) -> bool:
-    """Whether a parameter is, or that of which this is a view: made without gradients, a view does not tell."""
-    return tensor is not None and (tensor.requires_grad or (tensor._base is not None and tensor._base.requires_grad))
 
 
 @compiled_at_once(_forward_and_backward)
