@@ -1,14 +1,15 @@
 """A whole training step of Qwen3-30B-A3B with as many layers as asked: time, memory, and where the time goes.
 
-    python benchmarks/train_step.py --kernel . --layers 8 --tokens 1024 4096 8192 --profile 4096
-    python benchmarks/train_step.py --kernel . --layers 48 --tokens 4096 --steps 20 --gpu-memory 24
+    python benchmarks/train_step.py --kernel . --graphs --layers 8 --tokens 1024 4096 8192 --profile 4096
+    python benchmarks/train_step.py --kernel . --graphs --keep attention --layers 48 --tokens 4096 --gpu-memory 24
     python benchmarks/train_step.py --stock --layers 8 --tokens 1024 4096 8192
 
 NF4 weights with double quantization, LoRA on attention and all experts, gradient checkpointing, a chunked loss, 8-bit
 Adam, one sequence a step. --gpu-memory caps what the process may allocate, less the context, as a card of that size
-would. The same tokens come back every step, so the loss must fall; the run fails if it does not. --stock is
-Transformers and PEFT as they are: experts in bf16 by grouped_mm, W + BA built for all of them. Writes
-train_step-*.json and train_step-*.md into --out.
+would. --graphs has layers run in CUDA graphs, which --keep what they are told to from forward to backward. The same
+tokens come back every step, so the loss must fall; the run fails if it does not. --stock is Transformers and PEFT as
+they are: experts in bf16 by grouped_mm, W + BA built for all of them. Writes train_step-*.json and train_step-*.md into
+--out.
 """
 
 from __future__ import annotations

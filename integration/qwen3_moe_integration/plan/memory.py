@@ -52,7 +52,8 @@ class Step:
     chunked_loss: whether the loss sees the logits of a chunk of the tokens at a time.
     liger: whether norms and rotary embeddings are Liger's; Transformers' keep an fp32 copy of what they normalize.
     graphs: whether decoder layers run in CUDA graphs; the peak is then of what is reserved.
-    keep: what graphs keep from forward to backward: "attention", "experts" or both.
+    keep: what graphs keep from forward to backward: "attention", "experts" or both; experts are counted for any model,
+        though only layers of Qwen3-MoE keep them.
     byte_permutes: whether the card is an NVIDIA one from sm_80 on, which decodes 4-bit weights in registers.
     """
 
@@ -187,7 +188,7 @@ def moments(model: Shapes, step: Step, adapters: float) -> list[Moment]:
     pool, fixed = Moment(), 0
     if step.graphs:
         worst = max(turns, key=sum)  # what is kept is read, too, but lies elsewhere
-        elsewhere = sum(KEPT_BYTES[name](model, step) for name in step.keep)
+        elsewhere = sum(KEPT_BYTES[name](model, step) for name in set(step.keep))
         turns = [Moment(GRAPHS_TURNS * worst.activations - elsewhere, scratch=worst.scratch)]
         pool, fixed = turns[0], 2 * state + gradients
     all_kept, one_kept = Moment(fixed + model.layers * kept), Moment(fixed + kept)
