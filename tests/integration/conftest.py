@@ -32,6 +32,16 @@ def seed() -> int:
 
 
 @pytest.fixture
+def fused(monkeypatch) -> list[torch.dtype]:
+    """The dtypes of the inputs of linear layers that were multiplied here and not by PEFT."""
+    lora_linear = pytest.importorskip("qwen3_moe_integration.lora_linear")
+    seen, forward = [], lora_linear._AddLora.forward
+    spy = staticmethod(lambda ctx, x, *others: seen.append(x.dtype) or forward(ctx, x, *others))
+    monkeypatch.setattr(lora_linear._AddLora, "forward", spy)
+    return seen
+
+
+@pytest.fixture
 def warnings(monkeypatch) -> list[str]:
     """The lines that the integration has warned with, as if it had warned of nothing before."""
     lines = []

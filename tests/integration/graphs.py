@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
+import pytest
 import torch
 from peft import PeftModel
 from torch import nn
@@ -50,6 +51,15 @@ def stand_in(setattr: Callable[[Any, str, Any], None] = setattr) -> None:
     made.clear()
     setattr(graphed, "Device", Redone)
     setattr(graphed, "_can_record", lambda device: True)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch) -> str:
+    """Where graphs are recorded; no warning was given before."""
+    if request.param == "cpu":
+        stand_in(monkeypatch.setattr)
+    graphed._warn_once.cache_clear()
+    return request.param
 
 
 def recordings(model: nn.Module) -> int:

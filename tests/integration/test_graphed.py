@@ -21,13 +21,7 @@ from tests.integration.models import QWEN3, tokens
 Tensor = torch.Tensor
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch) -> str:
-    """Where graphs are recorded."""
-    if request.param == "cpu":
-        graphs.stand_in(monkeypatch.setattr)
-    graphed._warn_once.cache_clear()
-    return request.param
+device = graphs.device
 
 
 @pytest.fixture
@@ -119,17 +113,21 @@ def test_each_shape_is_recorded_until_there_are_too_many(kernel_dir, device):
     assert recordings(model) == 2 * 2
 
 
+def assert_same_gradients(twins: tuple[PeftModel, PeftModel], batch: Tensor, mask: Tensor) -> None:
+    grads = []
+    for model in twins:
+        model.zero_grad()
+        model(input_ids=batch, attention_mask=mask, labels=batch).loss.backward()
+        grads.append([parameter.grad for _, parameter in trainable(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
 def test_a_mask_may_change_from_call_to_call(twins, device):
     for step in range(4):
         batch = tokens(device=device)
         mask = torch.ones_like(batch)
         mask[0, : step + 1] = 0
-        grads = []
-        for model in twins:
-            model.zero_grad()
-            model(input_ids=batch, attention_mask=mask, labels=batch).loss.backward()
-            grads.append([parameter.grad for _, parameter in trainable(model)])
-        assert all(torch.equal(a, b) for a, b in zip(*grads)), step
+        assert_same_gradients(twins, batch, mask)
     assert recordings(twins[0]) == 2
 
 
@@ -140,12 +138,7 @@ def test_a_mask_that_is_filled_behind_autograds_back_is_read_each_step(twins, de
         version = mask._version
         mask.data[..., : step + 1] = -1e4
         assert mask._version == version
-        grads = []
-        for model in twins:
-            model.zero_grad()
-            model(input_ids=batch, attention_mask=mask, labels=batch).loss.backward()
-            grads.append([parameter.grad for _, parameter in trainable(model)])
-        assert all(torch.equal(a, b) for a, b in zip(*grads)), step
+        assert_same_gradients(twins, batch, mask)
     assert recordings(twins[0]) == 2
 
 

@@ -26,12 +26,7 @@ KEPT = [("attention",), ("experts",), KEEPABLE]
 WAITS = "what it keeps is that of an earlier forward, which waits for its backward"
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch) -> str:
-    if request.param == "cpu":
-        graphs.stand_in(monkeypatch.setattr)
-    graphed._warn_once.cache_clear()
-    return request.param
+device = graphs.device
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen3_moe_integration import enable_graphed_checkpointing, graphed
+from qwen3_moe_integration import enable_graphed_checkpointing
 from qwen3_moe_integration.kept_attention import KeptAttention, _AttentionCall
 from tests.integration import graphs
 from tests.integration.graphs import assert_same_steps, kept, layers, recordings
@@ -20,12 +20,7 @@ from tests.integration.models import QWEN3, Tiny, tokens
 Tensor = torch.Tensor
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch) -> str:
-    if request.param == "cpu":
-        graphs.stand_in(monkeypatch.setattr)
-    graphed._warn_once.cache_clear()
-    return request.param
+device = graphs.device
 
 
 def twins_of(source, device: str, tiny: Tiny = QWEN3, dtype: Optional[torch.dtype] = None) -> tuple[nn.Module, ...]:

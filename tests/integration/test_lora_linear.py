@@ -86,15 +86,6 @@ def reference(model: PeftModel, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     return {"out": out.detach(), **dict(zip(("x", *names), grads))}
 
 
-@pytest.fixture
-def fused(monkeypatch) -> list[torch.dtype]:
-    """The dtypes of the inputs that were multiplied here and not by PEFT."""
-    seen, forward = [], lora_linear._AddLora.forward
-    spy = staticmethod(lambda ctx, x, *others: seen.append(x.dtype) or forward(ctx, x, *others))
-    monkeypatch.setattr(lora_linear._AddLora, "forward", spy)
-    return seen
-
-
 @pytest.mark.parametrize("shape", [(37,), (3, 5), (1,), ()], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])

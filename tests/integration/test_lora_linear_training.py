@@ -45,27 +45,18 @@ def stock(registered, device, tmp_path) -> nn.Module:
     return with_adapters(model, config(target_modules=ATTENTION)).train()
 
 
-@pytest.fixture
-def products(monkeypatch) -> list[torch.dtype]:
-    """The dtype of each fused product."""
-    seen, forward = [], lora_linear._AddLora.forward
-    spy = staticmethod(lambda ctx, x, *others: seen.append(x.dtype) or forward(ctx, x, *others))
-    monkeypatch.setattr(lora_linear._AddLora, "forward", spy)
-    return seen
-
-
 @pytest.mark.compat
 @pytest.mark.parametrize("how", CHECKPOINTING)
-def test_a_model_trains_as_with_peft_s_own(stock, device, how, products):
+def test_a_model_trains_as_with_peft_s_own(stock, device, how, fused):
     model = CHECKPOINTING[how](enable_fused_linear_lora(copy.deepcopy(stock)))
     assert_same_training(model, stock, ratio=RATIO if device == "cpu" else FP32_RATIO)
     layers, again = 2 * len(ATTENTION), how != "kept"
-    assert len(products) == layers * (1 + again), "recomputed by what computed it"
+    assert len(fused) == layers * (1 + again), "recomputed by what computed it"
 
 
 @pytest.fixture
 def in_graphs(device, monkeypatch) -> None:
-    """Without PEFT's own products."""
+    """Without PEFT's own fused."""
     monkeypatch.setattr(peft_bnb.Linear4bit, "forward", None)
     if device == "cpu":
         graphs.stand_in(monkeypatch.setattr)
@@ -78,7 +69,7 @@ def graphed_and_checkpointed(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return enable_graphed_checkpointing(model), usual
 
 
-def test_in_graphs_it_trains_as_when_checkpointed(in_graphs, stock, device, products):
+def test_in_graphs_it_trains_as_when_checkpointed(in_graphs, stock, device, fused):
     twins = graphed_and_checkpointed(stock)
     assert_same_steps(*twins, [tokens(device=device) for _ in range(4)])
     for each in twins:
@@ -86,10 +77,10 @@ def test_in_graphs_it_trains_as_when_checkpointed(in_graphs, stock, device, prod
             if isinstance(module, lora_linear.Linear4bit):
                 module.scaling["first"] *= 3
     assert_same_steps(*twins, [tokens(device=device) for _ in range(3)])
-    assert recordings(twins[0]) == 2 * 2 and products
+    assert recordings(twins[0]) == 2 * 2 and fused
 
 
-def test_graphs_cast_factors_that_are_in_fp32(in_graphs, registered, device, tmp_path, products):
+def test_graphs_cast_factors_that_are_in_fp32(in_graphs, registered, device, tmp_path, fused):
     checkpoint(tmp_path, **SIZES)
     model = load(tmp_path, MoeBitsAndBytesConfig(), device_map=device)
     twins = graphed_and_checkpointed(with_adapters(model, config(target_modules=ATTENTION)).train())
@@ -97,4 +88,4 @@ def test_graphs_cast_factors_that_are_in_fp32(in_graphs, registered, device, tmp
         torch.float32
     }
     assert_same_steps(*twins, [tokens(device=device) for _ in range(4)], autocast=torch.bfloat16)
-    assert recordings(twins[0]) == 2 and {*products} == {torch.bfloat16}
+    assert recordings(twins[0]) == 2 and {*fused} == {torch.bfloat16}

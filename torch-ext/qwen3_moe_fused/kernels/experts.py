@@ -25,18 +25,7 @@ Tensor = torch.Tensor
 UNSAVED = (None,) * 5
 
 
-def _forward_and_backward(
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_projection: Projection,
-    down_projection: Projection,
-    seed: Optional[Tensor],
-    activation: str,
-    save: bool,
-    result: bool = True,
-    pre_activation: Optional[Tensor] = None,
-) -> None:
+def _forward_and_backward(*arguments) -> None:
     """``experts_forward``, and what is likely to follow: backward of all that is trained. That comes first, for its
     kernels take longest.
 
@@ -44,18 +33,20 @@ def _forward_and_backward(
     without. Trained adapters are taken for a sign of that; weights are not, which require gradients unless someone says
     otherwise.
     """
-    tokens, projections = (hidden_states, top_k_index, top_k_weights), (gate_up_projection, down_projection)
+    inputs, save, result = arguments[:7], arguments[7], arguments[8:9]
+    *layer, seed, activation = inputs
+    projections = layer[3:]
     weights = [not projection.four_bit and projection.weight.requires_grad for projection in projections]
     factors = [p.lora is not None and p.lora[i].requires_grad for p in projections for i in range(2)]
     checkpointed = not save and any(factors)
-    forward = partial(experts_forward, *tokens, *projections, seed, activation)
-    out, *saved = forward(save or checkpointed, result)
+    forward = partial(experts_forward, *inputs)
+    out, *saved = forward(save or checkpointed, *result)
     if save or checkpointed:
         wanted = Gradients(True, True, *weights, *factors)
-        experts_backward(torch.empty_like(out), *tokens, *projections, seed, tuple(saved), activation, wanted)
+        experts_backward(torch.empty_like(out), *layer, seed, tuple(saved), activation, wanted)
     if checkpointed:
         forward(True, False)
-        forward(False, result)
+        forward(False, *result)
 
 
 @compiled_at_once(_forward_and_backward)
