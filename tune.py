@@ -1,8 +1,9 @@
 """Tunes the tiles for this machine's GPU: python tune.py [--hidden 2048 --intermediate 768 --experts 128 --top-k 8]
 
-Times a short, reasoned list of tiles for every kernel of the layer and every number of rows per expert, and writes the
-fastest to torch-ext/qwen3_moe_fused/configs/<card>.json, which the next build ships. A few minutes, most of them
-compiling; tiles that the card's shared memory cannot hold are cut down or left out before they are tried.
+Times a short, reasoned list of tiles for every kernel of the layer and every number of rows per expert, then up to how
+many rows 4-bit weights are better decoded in registers than beforehand. Writes the fastest to
+torch-ext/qwen3_moe_fused/configs/<card>.json, which the next build ships. A few minutes, most of them compiling; tiles
+that the card's shared memory cannot hold are cut down or left out before they are tried.
 """
 
 import argparse
@@ -44,6 +45,7 @@ DOWN_BACKWARD = {
     128: [(128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 4), (64, 64, 8, 4), (64, 32, 8, 4)],
     256: [(64, 64, 8, 3), (64, 64, 8, 4)],
 }
+FAST_ROWS = (512, 640, 768, 896, 1024, 1280, 1536)  # rows per expert at which two ways of decoding are compared
 WEIGHT_GRAD = {  # by rows summed a step
     16: [(128, 128, 4, 5), (128, 128, 4, 6), (128, 256, 8, 5)],
     32: [(128, 128, 4, 5), (128, 128, 4, 6), (128, 256, 8, 5)],
@@ -157,6 +159,41 @@ def tune(kernel, sizes, rows: int):
     return tiling.Tiling(block_m=block_m, weight_grad_block_m=step, **tiles), times
 
 
+def tune_fast_rows(kernel, sizes):
+    """The rows per expert up to which decoding in registers is no slower than decoding beforehand (0 if always slower),
+    and the times of forward and backward both ways, in milliseconds."""
+    regime = importlib.import_module(f"{kernel.__name__}.regime")
+    experts, hidden, width = sizes.experts, sizes.hidden, sizes.intermediate
+    stacks = random_nf4(kernel, (experts, 2 * width, hidden)), random_nf4(kernel, (experts, hidden, width))
+    choose, rows, times = regime.regime, 0, {}
+    for count in FAST_ROWS:
+        tokens = count * experts // sizes.top_k
+        scores = torch.randn(tokens, experts, device="cuda") + 0.5 * torch.randn(experts, device="cuda")
+        weights, index = scores.softmax(-1).topk(sizes.top_k)
+        x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        grad = torch.randn_like(x)
+
+        def run():
+            torch.autograd.grad(kernel.fused_experts(x, index, weights, *stacks), x, grad)  # noqa: B023
+
+        times[count] = {}
+        for way in ("fast", "dequantize"):
+            regime.regime = lambda *_, way=way: way
+            times[count][way] = round(triton.testing.do_bench(run, warmup=50, rep=200, return_mode="median"), 4)
+        print(f"  {count} rows per expert: {times[count]}", flush=True)
+        rows = count if times[count]["fast"] <= times[count]["dequantize"] else rows
+    regime.regime = choose
+    return rows, times
+
+
+def random_nf4(kernel, shape):
+    """A stack of random bytes: what the weights are does not matter to their time."""
+    size = shape[0] * shape[1] * shape[2]
+    packed = torch.randint(256, (size // 2,), dtype=torch.uint8, device="cuda")
+    absmax, code = torch.rand(size // 64, device="cuda"), torch.linspace(-1, 1, 16, device="cuda")
+    return kernel.FourBitWeight(packed, absmax, code, None, None, None, shape, 64, 0, "nf4", torch.bfloat16)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=2048)
@@ -178,10 +215,12 @@ def main() -> None:
             name: list(value.values()) if isinstance(value, dict) else value for name, value in asdict(tiling).items()
         }
         print(f"{rows} rows per expert: {tilings[rows]} {times[rows]}", flush=True)
+    fast_rows, times["fast_rows"] = tune_fast_rows(kernel, sizes)
+    print(f"decoded in registers up to {fast_rows} rows per expert", flush=True)
     shape = {name: getattr(sizes, name) for name in ("hidden", "intermediate", "experts", "top_k")}
     result = {
         "card": card, "torch": torch.__version__, "triton": triton.__version__, "shape": shape,
-        "milliseconds": times, "tilings": tilings,
+        "milliseconds": times, "fast_rows": fast_rows, "tilings": tilings,
     }  # fmt: skip
     out = sizes.out or ROOT / "torch-ext/qwen3_moe_fused/configs" / f"{card.replace(' ', '_')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

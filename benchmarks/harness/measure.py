@@ -81,13 +81,14 @@ def capture(calls: Sequence[Call], pool: tuple[int, int] | None = None) -> torch
 def time_in_turns(calls: Mapping[str, Call], rounds: int, budget_ms: float, device: str) -> dict[str, dict]:
     """A summary for each of ``calls``, ``budget_ms`` of each in ``rounds`` rounds, each begun by another.
 
-    What slows the device for a while then slows all of them: their ratios are right where a time alone is not.
+    What slows the device for a while then slows all of them: their ratios are right where a time alone is not. Every
+    other round goes backwards, for a call that follows one which left the device cool runs at higher clocks.
     """
     names, samples = list(calls), {name: [] for name in calls}
     counts = {name: repeats(budget_ms / rounds, 1e3 * wall_time(call, device)) for name, call in calls.items()}
     for turn in range(rounds):
         for i in range(len(names)):
-            name = names[(i + turn) % len(names)]
+            name = names[(turn - i if turn % 2 else turn + i) % len(names)]
             samples[name].append(time_calls([calls[name]], counts[name], device))
     return {name: summary(each) for name, each in samples.items()}
 

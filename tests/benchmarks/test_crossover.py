@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import time
 from functools import partial
 from itertools import groupby
 
@@ -33,7 +34,8 @@ def test_each_way_is_forced_and_the_choice_given_back(kernel):
         assert way == crossover.CHOSEN or seen[-1]() == way
 
 
-def test_a_way_that_cannot_has_no_time_and_gives_the_choice_back(kernel):
+def test_a_way_that_cannot_has_no_time_and_gives_the_choice_back(kernel, monkeypatch):
+    monkeypatch.setattr(crossover, "FAR", float("inf"))
     regime = importlib.import_module(f"{kernel.__name__}.regime")
     before = regime.regime
 
@@ -46,11 +48,26 @@ def test_a_way_that_cannot_has_no_time_and_gives_the_choice_back(kernel):
     assert all(len(time["rounds"]) == 5 for time in times.values())
 
 
+def test_a_way_that_is_far_slower_is_timed_once(kernel):
+    regime = importlib.import_module(f"{kernel.__name__}.regime")
+    before = regime.regime
+
+    def call():
+        time.sleep(0.05 if regime.regime is not before and regime.regime() == "plain" else 0.005)
+
+    times = crossover.time_ways(kernel, call, crossover.parse(["--device", "cpu", "--budget-ms", "1"]))
+    assert {way: len(each["rounds"]) for way, each in times.items()} == {
+        "fast": 5, "plain": 1, "dequantize": 5, "chosen": 5,
+    }  # fmt: skip
+    assert times["plain"]["median"] > 40
+
+
 def test_ways_are_timed_in_turns_each_round_begun_by_another():
     seen = []
     measure.time_in_turns({name: partial(seen.append, name) for name in "abc"}, rounds=3, budget_ms=1, device="cpu")
-    first_look, *turns = "abc", "abc", "bca", "cab"
-    assert "".join(name for name, _ in groupby(seen)) == first_look + "".join(turns)
+    first_look, *turns = "abc", "abc", "bac", "cab"  # the second goes backwards
+    calls = first_look + "".join(turns)
+    assert [name for name, _ in groupby(seen)] == [name for name, _ in groupby(calls)]
 
 
 @pytest.mark.parametrize(("imbalance", "least", "most"), [(0.0, 0.125, 0.18), (0.5, 0.25, 0.6), (4.0, 0.9, 1.0)])

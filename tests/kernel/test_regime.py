@@ -39,6 +39,19 @@ def test_many_rows_are_worth_decoding_for(kernel, regime, byte_permute):
     assert in_fp32 == ("dequantize" if byte_permute else "plain"), "the fast path multiplies 16-bit numbers"
 
 
+def test_a_card_may_have_its_own_number_of_rows_to_decode_in_registers(kernel, regime, byte_permute, monkeypatch):
+    if not byte_permute:
+        pytest.skip("the fast path needs byte permutes")
+    weights = (stack(kernel, 2, 128, 128),) * 2
+    ways = {}
+    for tuned in (None, 300):
+        regime.fast_rows.cache_clear()
+        monkeypatch.setattr(regime, "tuned_fast_rows", lambda device, tuned=tuned: tuned)
+        ways[tuned] = [regime.regime(rows, weights, torch.bfloat16, CPU) for rows in (300, 301, 1200, 1201)]
+    regime.fast_rows.cache_clear()
+    assert ways == {None: ["fast"] * 3 + ["dequantize"], 300: ["fast"] + ["dequantize"] * 3}
+
+
 @pytest.mark.parametrize("quantization", [dict(blocksize=256), dict(blocksize=4096)], ids=str)
 def test_blocks_that_straddle_rows_are_decoded_first(kernel, regime, quantization):
     weights = (stack(kernel, 2, 256, 128, **quantization), torch.empty(2, 128, 128))

@@ -59,6 +59,15 @@ def test_a_tuned_table_is_taken_for_its_card_alone(tiling):
     assert tuned != other
 
 
+def test_a_tuned_table_may_say_up_to_how_many_rows_weights_are_decoded_in_registers(tiling, tmp_path, monkeypatch):
+    (tmp_path / "cpu.json").write_text(json.dumps({"fast_rows": 77}))
+    assert tiling.tuned_fast_rows(CPU) is None
+    tiling._tuned.cache_clear()
+    monkeypatch.setattr(tiling, "card_file", lambda card: tmp_path / f"{card}.json")
+    assert tiling.tuned_fast_rows(CPU) == 77
+    tiling._tuned.cache_clear()
+
+
 def test_all_blocks_are_powers_of_two_that_a_dot_can_take(tiling):
     for choice, _ in _choices(tiling, "a card nobody has tuned for", 227 * KIB):
         tiles = (choice.gate_up, choice.linear, choice.down_backward, choice.weight_grad)

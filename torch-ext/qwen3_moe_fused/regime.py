@@ -16,11 +16,12 @@ from typing import NamedTuple, Tuple
 import torch
 
 from .projection import FourBitWeight, Projection, Weight
-from .tiling import Tile, Tiling, cdiv
+from .tiling import Tile, Tiling, cdiv, tuned_fast_rows
 
 FAST_ROWS = 1200
 """Rows per expert up to which the fast path beats dequantizing. Forward and backward on an H100, ms: at 768 rows 2.51
-and 2.95 against 2.70 and 3.17, at 1024 3.12 and 3.91 against 3.29 and 4.00, and there the fast path grows faster."""
+and 2.95 against 2.70 and 3.17, at 1024 3.12 and 3.91 against 3.29 and 4.00, and there the fast path grows faster. A
+card with faster memory changes over earlier; its tuned table says when."""
 
 PLAIN_ROWS = 40
 """The same for the plain path where dequantizing has no byte permutes either: 1.69 against 2.05 ms at 32 rows, 2.65
@@ -98,9 +99,15 @@ def regime(rows: int, weights: Tuple[Weight, ...], dtype: torch.dtype, device: t
     if not packed:
         return "dense"
     if has_byte_permute(device):
-        fast = rows <= FAST_ROWS and dtype != torch.float32 and all([_fits_fast(weight) for weight in packed])
+        fast = rows <= fast_rows(device) and dtype != torch.float32 and all([_fits_fast(weight) for weight in packed])
         return "fast" if fast else "dequantize"
     return "plain" if rows <= PLAIN_ROWS and all([_fits_plain(weight) for weight in packed]) else "dequantize"
+
+
+@functools.cache
+def fast_rows(device: torch.device) -> int:
+    """Rows per expert up to which this card takes the fast path."""
+    return tuned_fast_rows(device) or FAST_ROWS
 
 
 def suits_gemv(slots: int, gate_up: Projection, down: Projection, device: torch.device) -> bool:

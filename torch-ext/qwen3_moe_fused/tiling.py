@@ -9,7 +9,7 @@ import functools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Dict, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 
@@ -130,7 +130,7 @@ def _choose(bucket: int, dtype: torch.dtype, card: str, shared_memory: int) -> T
     if dtype == torch.float32:
         table = _FP32
     else:
-        table = _tuned(card) or (_LARGE_SHARED_MEMORY if shared_memory >= _LARGE else _SMALL_SHARED_MEMORY)
+        table = _tuned_tilings(card) or (_LARGE_SHARED_MEMORY if shared_memory >= _LARGE else _SMALL_SHARED_MEMORY)
     tiling = table[max((rows for rows in table if rows <= bucket), default=min(table))]
     return limit(tiling, dtype.itemsize, shared_memory)
 
@@ -161,12 +161,19 @@ def card_file(card: str) -> Path:
     return Path(__file__).parent / "configs" / f"{card.replace(' ', '_')}.json"
 
 
+def _tuned_tilings(card: str) -> Dict[int, Tiling]:
+    return {int(rows): _tiling(**entry) for rows, entry in _tuned(card).get("tilings", {}).items()}
+
+
+def tuned_fast_rows(device: torch.device) -> Optional[int]:
+    """What ``tune.py`` has found for this card in the place of ``regime.FAST_ROWS``; None if it was not asked."""
+    return _tuned(_card(device)[0]).get("fast_rows")
+
+
 @functools.cache
-def _tuned(card: str) -> Dict[int, Tiling]:
+def _tuned(card: str) -> Dict[str, Any]:
     path = card_file(card)
-    if not path.is_file():
-        return {}
-    return {int(rows): _tiling(**entry) for rows, entry in json.loads(path.read_text())["tilings"].items()}
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 @functools.cache
