@@ -2,6 +2,7 @@
 no Triton."""
 
 from . import peft_hooks
+from .expert_parallel import clip_grad_norm_, share_out_experts, whole_adapters
 from .graphed import enable_graphed_checkpointing
 from .kernelize import kernelize_model
 from .lora import expert_lora_config
@@ -13,12 +14,15 @@ from .source import KernelSource
 __all__ = [
     "KernelSource",
     "MoeBitsAndBytesConfig",
+    "clip_grad_norm_",
     "enable_fused_linear_lora",
     "enable_graphed_checkpointing",
     "expert_lora_config",
     "kernelize_model",
     "legacy_config",
     "register",
+    "share_out_experts",
+    "whole_adapters",
 ]
 
 peft_hooks.install()

@@ -14,6 +14,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .expert_parallel import exchanges
+
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 _READ = itemgetter("_modules", "_parameters", "_buffers", *_HOOKS)
 
@@ -48,12 +50,14 @@ class LayerState:
         """The state as it is now.
 
         Raises:
-            NotRecordableError: a module has hooks.
+            NotRecordableError: a module has hooks, or other ranks, with whom it exchanges tokens, may not record.
         """
         children, parameters, buffers, *hooks = zip(*map(_READ, self._attributes))
         if _values(children) != self._children:
             self._find_modules()
             return self.read()
+        if not all(exchange.lengths.are_equal for exchange in self._exchanges):
+            raise NotRecordableError("the ranks that share out its experts have batches of different shapes")
         modules = [self._layer(), *self._within]
         if any(map(any, hooks)) or any("_hf_hook" in attributes for attributes in self._attributes):
             raise NotRecordableError(f"its {_name_of_hooked(modules)} has hooks, which a graph would not call")
@@ -73,6 +77,7 @@ class LayerState:
         self._attributes = [*map(vars, modules)]
         # While these are all that those modules hold, there are no others.
         self._children = _values(module._modules for module in modules)
+        self._exchanges = exchanges(modules)
         self._adapters = [module for module in self._within if isinstance(module, BaseTunerLayer)]
 
 

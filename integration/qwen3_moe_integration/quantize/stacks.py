@@ -153,6 +153,45 @@ def join_stacks(name: str, projections: Sequence[Sequence[Params4bit]], shape: S
     return _parameter(name, packed, state, parts[0].quant_storage)
 
 
+def slice_stack(name: str, stack: Params4bit, first: int, experts: int) -> Params4bit:
+    """Some experts of a stack, copied; no weight changes in the least.
+
+    ``absmax`` that is quantized itself stays so where the scales of its own blocks divide between experts; elsewhere it
+    is decoded to fp32.
+
+    Raises:
+        ValueError: a block is shared by two experts.
+    """
+    state = stack.quant_state
+    matrix = math.prod(state.shape[1:])
+    if matrix % state.blocksize:
+        raise ValueError(
+            f"{name}: a block of {state.blocksize} weights belongs to two experts of shape {tuple(state.shape[1:])}, "
+            "so they cannot be parted"
+        )
+    blocks = matrix // state.blocksize
+    own = slice(first * blocks, (first + experts) * blocks)
+    part = QuantState(
+        None,
+        shape=torch.Size((experts, *state.shape[1:])),
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=state.dtype,
+    )
+    if state.nested and own.start % state.state2.blocksize == 0 and experts * blocks % state.state2.blocksize == 0:
+        nested = state.state2
+        scales = slice(own.start // nested.blocksize, own.stop // nested.blocksize)
+        part.absmax, part.offset, part.nested = state.absmax[own].clone(), state.offset, True
+        part.state2 = QuantState(
+            nested.absmax[scales].clone(), code=nested.code, blocksize=nested.blocksize, dtype=nested.dtype
+        )
+    else:
+        part.absmax = _decoded_absmax(stack)[own].clone()
+    packed = _bytes(stack)[first * matrix // 2 : (first + experts) * matrix // 2].clone()
+    return _parameter(name, packed, part, stack.quant_storage)
+
+
 def place_stack(module: nn.Module, projection: str, stack: Params4bit) -> None:
     """Makes a stack one of the two projections of an experts module.
 

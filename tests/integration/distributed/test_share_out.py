@@ -1,0 +1,200 @@
+"""Experts shared out over two ranks, with their adapters: they train as one process does, and leave the same files."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from qwen3_moe_integration import (
+    MoeBitsAndBytesConfig,
+    clip_grad_norm_,
+    enable_graphed_checkpointing,
+    kernelize_model,
+    share_out_experts,
+    whole_adapters,
+)
+from qwen3_moe_integration.expert_parallel import Exchange
+from qwen3_moe_integration.quantize.stacks import QuantState, quantize_stack, slice_stack
+from tests.integration import graphs, quantized
+from tests.integration.distributed import training
+from tests.integration.models import QWEN3, tokens
+
+KINDS = ("experts", "4 bit")
+LR = 0.5
+CLIPPED_LR = 50.0  # or the weights' own rounding would be seen in what a step changes
+Tensor = torch.Tensor
+
+
+def pair(kind: str, source, checkpoint: Path) -> tuple[nn.Module, nn.Module]:
+    """A model to train alone, and its twin of which each rank has half the experts."""
+    alone, model = training.twins(kind, source, checkpoint)
+    return alone, share_out_experts(model)
+
+
+def batches(lengths: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+    """What the ranks have, the same on all of them, and what this one has."""
+    every = [tokens(1, length) for length in lengths]
+    return every, every[distributed.get_rank()]
+
+
+def changes(model: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.detach().cpu() - before[name] for name, p in training.trained(model).items()}
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone().cpu() for name, p in training.trained(model).items()}
+
+
+def train(source, checkpoint, kind: str, checkpointing: str, lengths: tuple[int, ...], max_norm: float) -> None:
+    alone, model = pair(kind, source, checkpoint)
+    if checkpointing == "recomputed":
+        training.with_checkpointing(model)
+    elif checkpointing == "in graphs":
+        graphs.stand_in()
+        enable_graphed_checkpointing(model, keep=("attention", "experts"))
+    parallel = DistributedDataParallel(model)
+    for _ in range(3):
+        before = values(alone)
+        every, mine = batches(lengths)
+        lr = CLIPPED_LR if max_norm else LR
+        optimizers = [torch.optim.SGD(training.trained(each).values(), lr=lr) for each in (alone, model)]
+        (sum(training.loss(alone, batch) for batch in every) / len(every)).backward()
+        training.loss(parallel, mine).backward()
+        if max_norm:
+            want = torch.nn.utils.clip_grad_norm_(alone.parameters(), max_norm)
+            got = clip_grad_norm_(parallel, max_norm)
+            assert want > max_norm
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        with whole_adapters(model):
+            training.assert_all_close(changes(alone, before), changes(model, before), ratio=1e-4)
+    if checkpointing == "in graphs":
+        recorded = sum(recorder.recorded for recorder in graphs.made)
+        assert recorded == (4 if len({*lengths}) == 1 else 0)  # two layers, forward and backward
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("checkpointing", "lengths", "max_norm"),
+    [
+        ("none", (5, 5), 0),
+        ("none", (3, 6), 0.01),
+        ("recomputed", (6, 3), 0),
+        ("in graphs", (5, 5), 0.01),
+        ("in graphs", (3, 5), 0),
+    ],
+)
+def test_adapters_train_as_in_one_process(on_two_ranks, source, checkpoint, kind, checkpointing, lengths, max_norm):
+    on_two_ranks(train, source, checkpoint, kind, checkpointing, lengths, max_norm)
+
+
+def share_is_half(source, checkpoint, kind: str) -> None:
+    alone, model = pair(kind, source, checkpoint)
+    rank = distributed.get_rank()
+    for whole, part in zip(alone.modules(), model.modules(), strict=True):
+        if "gate_up_proj" in part._parameters:
+            assert isinstance(part.forward, Exchange)
+            for name in ("gate_up_proj", "down_proj"):
+                want, got = (getattr(each, name) for each in (whole, part))
+                if kind == "4 bit":
+                    want, got = quantized.decoded(want), quantized.decoded(got)
+                    assert getattr(part, name).untyped_storage().nbytes() * 2 == getattr(whole, name).nbytes
+                assert torch.equal(got, want.chunk(2)[rank])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_rank_keeps_its_half_bit_for_bit(on_two_ranks, source, checkpoint, kind):
+    on_two_ranks(share_is_half, source, checkpoint, kind)
+
+
+def router_logits(source, checkpoint) -> None:
+    alone, model = pair("4 bit", source, checkpoint)
+    _, mine = batches((4, 4))
+    want, got = (
+        each(input_ids=mine, labels=mine, output_router_logits=True, use_cache=False) for each in (alone, model)
+    )
+    torch.testing.assert_close(got.loss, want.loss)
+    torch.testing.assert_close(got.aux_loss, want.aux_loss)
+
+
+def test_router_logits_and_their_loss_are_those_of_a_ranks_own_tokens(on_two_ranks, source, checkpoint):
+    on_two_ranks(router_logits, source, checkpoint)
+
+
+def save(source, checkpoint, folder: Path) -> None:
+    alone, model = pair("4 bit", source, checkpoint)
+    with pytest.raises(RuntimeError, match=r"mlp\.experts.* holds 4 of its experts.*whole_adapters"):
+        model.save_pretrained(folder / "incomplete")
+    with whole_adapters(model):
+        if distributed.get_rank() == 0:
+            model.save_pretrained(folder / "shared out")
+        names = [name for name in model.state_dict() if "experts" in name]
+        assert names and all("lora_" in name for name in names)
+    alone.save_pretrained(folder / f"alone {distributed.get_rank()}")
+    distributed.barrier()
+    base = training.base_model("4 bit", source, checkpoint)
+    loaded = PeftModel.from_pretrained(base, folder / "shared out" / "first", adapter_name="first")
+    ids = tokens(1, 4)
+    torch.testing.assert_close(loaded(input_ids=ids).logits, alone.eval()(input_ids=ids).logits)
+    torch.testing.assert_close(model.eval()(input_ids=ids).logits, alone(input_ids=ids).logits)
+
+
+def test_adapters_are_saved_as_those_of_one_process(on_two_ranks, source, checkpoint, tmp_path):
+    on_two_ranks(save, source, checkpoint, tmp_path)
+    want, got = ((tmp_path / name / "first" / "adapter_model.safetensors") for name in ("alone 0", "shared out"))
+    assert got.read_bytes() == want.read_bytes()
+    assert not any((tmp_path / "incomplete").rglob("*.safetensors"))
+
+
+def refused(model: nn.Module, message: str) -> None:
+    before = copy.deepcopy(dict(model.named_parameters()))
+    with pytest.raises(ValueError, match=message):
+        share_out_experts(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.data.view(torch.uint8), before[name].data.view(torch.uint8))
+
+
+def refusals(source, checkpoint) -> None:
+    refused(QWEN3.build(), "call kernelize_model before")
+    refused(kernelize_model(QWEN3.build(), kernel=source), r"experts is trained itself")
+    odd = kernelize_model(QWEN3.build(num_experts=3, num_experts_per_tok=2), kernel=source).requires_grad_(False)
+    refused(odd, "has 3 experts, which 2 ranks cannot share equally")
+    _, model = pair("4 bit", source, checkpoint)
+    refused(model, "is shared out already")
+
+
+def test_what_cannot_be_shared_out_is_left_as_it_was(on_two_ranks, source, checkpoint):
+    on_two_ranks(refusals, source, checkpoint)
+
+
+def test_without_a_process_group_there_is_nobody_to_share_with():
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        share_out_experts(nn.Linear(1, 1))
+
+
+def stack_of(experts: int, rows: int, columns: int, nested: bool, **settings):
+    config = MoeBitsAndBytesConfig(bnb_4bit_use_double_quant=nested, **settings)
+    weights = torch.randn(experts, rows, columns)
+    return quantize_stack("stack", weights, weights.shape, config)
+
+
+@pytest.mark.parametrize(("rows", "nested", "stays"), [(256, True, True), (64, True, False), (64, False, False)])
+def test_a_part_of_a_stack_decodes_to_the_same_weights(rows, nested, stays):
+    stack = stack_of(4, rows, 64, nested)
+    part = slice_stack("stack", stack, 1, 2)
+    assert isinstance(part.quant_state, QuantState) and part.quant_state.nested is stays
+    assert torch.equal(quantized.decoded(part), quantized.decoded(stack)[1:3])
+
+
+def test_experts_that_share_a_block_cannot_be_parted():
+    stack = stack_of(4, 3, 32, False)
+    message = "stack: a block of 64 weights belongs to two experts of shape (3, 32)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        slice_stack("stack", stack, 1, 2)
