@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4096, help="of a sequence")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA on attention and all experts")
-    parser.add_argument("--graphs", action="store_true", help="layers of alone and ddp in CUDA graphs")
+    parser.add_argument("--graphs", action="store_true", help="layers of alone, ddp and experts in CUDA graphs")
     parser.add_argument("--steps", type=int, default=8, help="the first two are not counted")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: tries this script, on a CPU too")
     return parser.parse_args(argv)

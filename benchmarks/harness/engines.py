@@ -3,10 +3,11 @@
 alone    no engine: every rank trains by itself
 ddp      LoRA over 4 bit, the whole model on every rank
 fsdp2    the same, every decoder layer sharded over the ranks
+experts  the same, every layer's experts and their adapters shared out over the ranks, the rest as in ddp
 whole    all weights in bf16, sharded by FSDP2
 ep       all weights in bf16: experts stay with the rank that has them and tokens travel, the rest is sharded
 
-The first three, as a user would train them, have Liger's norms, rotary embedding and loss where it runs.
+The first four, as a user would train them, have Liger's norms, rotary embedding and loss where it runs.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from qwen3_moe_integration import (
     enable_graphed_checkpointing,
     kernelize_model,
     register,
+    share_out_experts,
 )
 
 from .model import random_4_bit_model
 from .training import LOSS_CHUNK, add_lora, apply_liger, checkpointed, liger_runs
 
-LORA_ENGINES = ("alone", "ddp", "fsdp2")
+LORA_ENGINES = ("alone", "ddp", "fsdp2", "experts")
 ENGINES = (*LORA_ENGINES, "whole", "ep")
 
 
@@ -69,7 +71,9 @@ def build(
         model = enable_fused_linear_lora(add_lora(kernelize_model(checkpointed(model), kernel=kernel), rank))
         if graphs:
             enable_graphed_checkpointing(model)
-    if engine == "ddp":
+    if engine == "experts":
+        share_out_experts(model)
+    if engine in ("ddp", "experts"):
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     if engine in ("fsdp2", "whole"):
         for layer in [module for module in model.modules() if isinstance(module, Qwen3MoeDecoderLayer)]:

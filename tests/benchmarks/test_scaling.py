@@ -24,13 +24,14 @@ def test_every_engine_trains_and_is_measured(kernel_dir, tmp_path):
     result = json.loads((tmp_path / "scaling.json").read_text())
     runs = {run["engine"]: run for run in result["runs"]}
     assert result["command"].startswith("torchrun --nproc-per-node=2 benchmarks/scaling.py --tiny")
-    assert [*runs] == ["alone", "ddp", "fsdp2", "whole", "ep"] and result["ranks"] == 2
+    assert [*runs] == ["alone", "ddp", "fsdp2", "experts", "whole", "ep"] and result["ranks"] == 2
     for run in runs.values():
         assert run["last_loss"] < run["first_loss"]
         assert run["tokens_per_second"] == pytest.approx(2 * 24 / run["step_ms"] * 1e3)
         base = runs[run["relative_to"]]["tokens_per_second"]
         assert run["efficiency"] == pytest.approx(run["tokens_per_second"] / base)
-    assert runs["ddp"]["last_loss"] == pytest.approx(runs["fsdp2"]["last_loss"], abs=1e-2)
+    for engine in ("fsdp2", "experts"):
+        assert runs[engine]["last_loss"] == pytest.approx(runs["ddp"]["last_loss"], abs=1e-2)
     assert (tmp_path / "scaling.md").read_text().count("\n| ") == 2 + len(runs)
 
 

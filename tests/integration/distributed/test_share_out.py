@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from torch import distributed, nn
+from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qwen3_moe_integration import (
@@ -36,9 +36,9 @@ def pair(kind: str, source, checkpoint: Path) -> tuple[nn.Module, nn.Module]:
     return alone, share_out_experts(model)
 
 
-def batches(lengths: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+def batches(lengths: tuple[int, ...], device: str = "cpu") -> tuple[list[Tensor], Tensor]:
     """What the ranks have, the same on all of them, and what this one has."""
-    every = [tokens(1, length) for length in lengths]
+    every = [tokens(1, length, device) for length in lengths]
     return every, every[distributed.get_rank()]
 
 
@@ -50,17 +50,21 @@ def values(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone().cpu() for name, p in training.trained(model).items()}
 
 
-def train(source, checkpoint, kind: str, checkpointing: str, lengths: tuple[int, ...], max_norm: float) -> None:
-    alone, model = pair(kind, source, checkpoint)
+def train(
+    source, checkpoint, kind: str, checkpointing: str, lengths: tuple[int, ...], max_norm: float, device: str = "cpu"
+) -> None:
+    alone, model = (each.to(device) for each in training.twins(kind, source, checkpoint))
+    share_out_experts(model)
     if checkpointing == "recomputed":
         training.with_checkpointing(model)
     elif checkpointing == "in graphs":
-        graphs.stand_in()
+        if device == "cpu":
+            graphs.stand_in()
         enable_graphed_checkpointing(model, keep=("attention", "experts"))
     parallel = DistributedDataParallel(model)
     for _ in range(3):
         before = values(alone)
-        every, mine = batches(lengths)
+        every, mine = batches(lengths, device)
         lr = CLIPPED_LR if max_norm else LR
         optimizers = [torch.optim.SGD(training.trained(each).values(), lr=lr) for each in (alone, model)]
         (sum(training.loss(alone, batch) for batch in every) / len(every)).backward()
@@ -76,12 +80,10 @@ def train(source, checkpoint, kind: str, checkpointing: str, lengths: tuple[int,
         with whole_adapters(model):
             training.assert_all_close(changes(alone, before), changes(model, before), ratio=1e-4)
     if checkpointing == "in graphs":
-        recorded = sum(recorder.recorded for recorder in graphs.made)
-        assert recorded == (4 if len({*lengths}) == 1 else 0)  # two layers, forward and backward
+        assert graphs.recordings(model) == (2 if len({*lengths}) == 1 else 0)  # one for each layer
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
+CASES = pytest.mark.parametrize(
     ("checkpointing", "lengths", "max_norm"),
     [
         ("none", (5, 5), 0),
@@ -91,8 +93,31 @@ def train(source, checkpoint, kind: str, checkpointing: str, lengths: tuple[int,
         ("in graphs", (3, 5), 0),
     ],
 )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@CASES
 def test_adapters_train_as_in_one_process(on_two_ranks, source, checkpoint, kind, checkpointing, lengths, max_norm):
     on_two_ranks(train, source, checkpoint, kind, checkpointing, lengths, max_norm)
+
+
+def train_on_gpu(rank: int, address: str, seed: int, *arguments) -> None:
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    distributed.init_process_group("nccl", init_method=address, rank=rank, world_size=2, device_id=device)
+    torch.manual_seed(seed)
+    train(*arguments, device="cuda")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@CASES
+def test_adapters_train_as_in_one_process_on_two_gpus(
+    source, checkpoint, seed, checkpointing, lengths, max_norm, tmp_path
+):
+    arguments = (f"file://{tmp_path / 'meeting'}", seed, source, checkpoint, "4 bit", checkpointing, lengths, max_norm)
+    multiprocessing.spawn(train_on_gpu, arguments, nprocs=2)
 
 
 def share_is_half(source, checkpoint, kind: str) -> None:
