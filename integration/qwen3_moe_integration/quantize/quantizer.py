@@ -172,7 +172,7 @@ def _refuse_sharing_out(model: nn.Module) -> None:
         raise ValueError(
             "distributed_config must not share out a model that loads in 4 bit, got "
             f"{', '.join(f'{name}={size}' for name, size in sizes.items())}; load it whole on each rank, then train it "
-            "under DDP or FSDP2"
+            "under DDP or FSDP2, or call share_out_experts"
         )
 
 

@@ -53,8 +53,8 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 def train(
     source, checkpoint, kind: str, checkpointing: str, lengths: tuple[int, ...], max_norm: float, device: str = "cpu"
 ) -> None:
-    alone, model = (each.to(device) for each in training.twins(kind, source, checkpoint))
-    share_out_experts(model)
+    alone, model = training.twins(kind, source, checkpoint)
+    alone, model = alone.to(device), share_out_experts(model).to(device)
     if checkpointing == "recomputed":
         training.with_checkpointing(model)
     elif checkpointing == "in graphs":
