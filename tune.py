@@ -11,6 +11,7 @@ import importlib
 import json
 import sys
 from dataclasses import asdict, astuple, replace
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,12 +161,12 @@ def tune(kernel, sizes, rows: int):
 
 
 def tune_fast_rows(kernel, sizes):
-    """The rows per expert up to which decoding in registers is no slower than decoding beforehand (0 if always slower),
-    and the times of forward and backward both ways, in milliseconds."""
+    """The rows per expert up to which decoding in registers is never slower than decoding beforehand (0 if it is from
+    the first on), and the times of forward and backward both ways, in milliseconds."""
     regime = importlib.import_module(f"{kernel.__name__}.regime")
     experts, hidden, width = sizes.experts, sizes.hidden, sizes.intermediate
     stacks = random_nf4(kernel, (experts, 2 * width, hidden)), random_nf4(kernel, (experts, hidden, width))
-    choose, rows, times = regime.regime, 0, {}
+    choose, times = regime.regime, {}
     for count in FAST_ROWS:
         tokens = count * experts // sizes.top_k
         scores = torch.randn(tokens, experts, device="cuda") + 0.5 * torch.randn(experts, device="cuda")
@@ -181,9 +182,9 @@ def tune_fast_rows(kernel, sizes):
             regime.regime = lambda *_, way=way: way
             times[count][way] = round(triton.testing.do_bench(run, warmup=50, rep=200, return_mode="median"), 4)
         print(f"  {count} rows per expert: {times[count]}", flush=True)
-        rows = count if times[count]["fast"] <= times[count]["dequantize"] else rows
     regime.regime = choose
-    return rows, times
+    faster = takewhile(lambda count: times[count]["fast"] <= times[count]["dequantize"], times)
+    return max(faster, default=0), times
 
 
 def random_nf4(kernel, shape):
