@@ -6,7 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    """1 / (1 + 2^(-x log2(e))), the reciprocal as a square: exp and a division by it would each be checked for the ends
+    of their range, which took a fourth of the instructions of ``down_backward`` and of the time to compile it."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return root * root
 
 
 @triton.jit
@@ -25,7 +28,8 @@ def activate_with_slope(x, ACTIVATION: tl.constexpr):
     """The activation of x and its derivative."""
     if ACTIVATION == "silu":
         s = _sigmoid(x)
-        return x * s, s * (1.0 + x * (1.0 - s))
+        activated = x * s
+        return activated, s + activated * (1.0 - s)
     elif ACTIVATION == "gelu":
         cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)

@@ -12,7 +12,7 @@ from .adapter import adapters
 from .combine import combine, combine_backward
 from .dequantize import dequantize_experts
 from .down_backward import down_backward
-from .first_call import compiled_at_once
+from .first_call import compiled_at_once, postponed
 from .four_bit_fast import fast_weights, permuted
 from .gate_up import gate_up
 from .gemv import gemv
@@ -27,7 +27,7 @@ UNSAVED = (None,) * 5
 
 def _forward_and_backward(*arguments) -> None:
     """``experts_forward``, and what is likely to follow: backward of all that is trained. That comes first, for its
-    kernels take longest.
+    kernels take longest, and threads that compile wait for each other's Python.
 
     Gradient checkpointing computes a layer without gradients at first, and again before backward, with its result or
     without. Trained adapters are taken for a sign of that; weights are not, which require gradients unless someone says
@@ -40,10 +40,12 @@ def _forward_and_backward(*arguments) -> None:
     factors = [p.lora is not None and p.lora[i].requires_grad for p in projections for i in range(2)]
     checkpointed = not save and any(factors)
     forward = partial(experts_forward, *inputs)
-    out, *saved = forward(save or checkpointed, *result)
     if save or checkpointed:
+        with postponed():
+            out, *saved = forward(True, *result)
         wanted = Gradients(True, True, *weights, *factors)
         experts_backward(torch.empty_like(out), *layer, seed, tuple(saved), activation, wanted)
+    forward(save or checkpointed, *result)
     if checkpointed:
         forward(True, False)
         forward(False, *result)

@@ -10,12 +10,13 @@ kernel's arguments on to the driver: a piece of C, for which Triton calls the C 
 A call that finds them at once pays 0.2 us for this.
 """
 
+import contextlib
 import contextvars
 import functools
 import threading
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 import triton
@@ -32,6 +33,7 @@ class _Thread(threading.local):
 
     trying = False  # they raise NotCompiled
     rehearsing = False  # they start its compilation, and no launch happens
+    postponing = False  # nor does a compilation
 
 
 _thread = _Thread()
@@ -93,6 +95,16 @@ def _rehearse(rehearsal: Callable, args: Tuple) -> None:
             rehearsing = _thread.rehearsing = False
 
 
+@contextlib.contextmanager
+def postponed() -> Iterator[None]:
+    """In a rehearsal, what runs herein only allocates: its kernels are compiled when it runs again."""
+    _thread.postponing = True
+    try:
+        yield
+    finally:
+        _thread.postponing = False
+
+
 def intercepts(
     kernel: triton.JITFunction, grid: Tuple[int, ...], arguments: Tuple, options: Dict[str, Any], compiled: bool
 ) -> bool:
@@ -103,7 +115,7 @@ def intercepts(
             touched would be the graph's, and so would copies.
     """
     if _thread.rehearsing:
-        if not compiled:
+        if not compiled and not _thread.postponing:
             kernel.warmup(*arguments, grid=grid, **options)
         return True
     if _thread.trying and not compiled and not torch.cuda.is_current_stream_capturing():
