@@ -39,8 +39,8 @@ from qwen3_moe_integration.plan.memory import (
 )
 
 RESULTS = Path(__file__).resolve().parent / "results"
-LORA_STEP = "nvidia-h100/train_step-48-layers-graphs-keep-attention.json"
-EXPERTS = "nvidia-h200/compare-transformers.json"
+LORA_STEP = "nvidia-h200/train_step-48-layers-graphs-keep-attention.json"
+EXPERTS = "nvidia-h200/compare-liger.json"
 LAYERS, TOKENS, GLOBAL_BATCH = 48, 4096, 64
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 BACKWARD = 2 / 3
@@ -92,7 +92,7 @@ class Work:
 
 
 def lora_in_4_bit(model: Shapes, measured: dict) -> Work:
-    """Everything but the bytes is measured: benchmarks/train_step.py, all 48 layers on one H100."""
+    """Everything but the bytes is measured: benchmarks/train_step.py, all 48 layers on one H200."""
     step = Step(seq_len=TOKENS, rank=measured["rank"], expert_rank=measured["rank"])
     parts = estimate(model, step)
     statistics = weight_bytes(model, step) - HALF * model.full - sum(model.quantized) / 2  # these every GPU has
