@@ -9,7 +9,7 @@ Choices of another rank's experts are given an id of one expert more than there 
 shapes do not depend on the routing, and nothing waits for the GPU. Weights that are frozen never travel.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -92,17 +92,19 @@ class Lengths:
         # Beside a group whose messages go through the GPU, one that the host need not wait for.
         self._group = None if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo")
         self.most = 0
-        self.are_equal = True
 
     def agree(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward pre-hook of the model."""
         inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
         shape = next(x for x in inputs if isinstance(x, Tensor)).shape[:2]
-        mine = torch.tensor(shape)
-        shapes = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(shapes, mine, group=self._group)
-        self.most = max(int(shape.prod()) for shape in shapes)
-        self.are_equal = all(torch.equal(shape, mine) for shape in shapes)
+        self.most = max(length for (length,) in self.tell([shape.numel()]))
+
+    def tell(self, numbers: Sequence[int]) -> list[list[int]]:
+        """What every rank tells the others, each as many numbers; the GPU need not know."""
+        mine = torch.tensor(numbers)
+        every = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(every, mine, group=self._group)
+        return [each.tolist() for each in every]
 
 
 class Exchange:
@@ -302,8 +304,3 @@ def _leave_alone(model: nn.Module) -> None:
         names = [name for name, p in module.named_parameters() if id(p) in own]
         if names:
             module._ddp_params_and_buffers_to_ignore = names
-
-
-def exchanges(modules: list[nn.Module]) -> list[Exchange]:
-    """Those that stand in front of some of ``modules``."""
-    return [vars(module)["forward"] for module in modules if _is_shared_out(module)]

@@ -28,6 +28,9 @@ from .recording import Device, Recording, Replay, casts_in_force
 
 Tensor = torch.Tensor
 
+_NONE = -1
+"""In the place of the number of a form: a call that is not recorded."""
+
 
 def enable_graphed_checkpointing(model: nn.Module, variants: int = 4, keep: Collection[str] = ()) -> nn.Module:
     """Checkpoints every decoder layer of a model with CUDA graphs: less host time per step, the same numbers.
@@ -41,7 +44,8 @@ def enable_graphed_checkpointing(model: nn.Module, variants: int = 4, keep: Coll
     Args:
         model: a Transformers model, or a PEFT model around one.
         variants: how many forms of calls are recorded for each layer. Calls differ in form if their shapes, dtypes,
-            autocast, trained parameters or active adapters do, or if a parameter has moved.
+            autocast, trained parameters or active adapters do, or if a parameter has moved; where ranks share out the
+            experts, also if another rank's do.
         keep: what is kept from forward to backward, which then need not compute it again: "attention" or "experts" or
             both. It takes memory from the first recording on, for each form of call; a form's next forward uses it
             again, and so is checkpointed as usual, with a warning, while an earlier one waits for its backward. In 16
@@ -113,17 +117,43 @@ class GraphedCheckpoint:
         known = self._known.get(layer)
         if known is None:
             known = self._known[layer] = _Known(LayerState(layer))
-        call = _Call.of(hidden_states, values, tree, known.state)
-        variant = next((variant for variant in known.variants if variant.call == call), None)
+        own, reason = _NONE, None
+        try:
+            own = self._number(known, _Call.of(hidden_states, values, tree, known.state))
+        except NotRecordableError as error:
+            reason = error
+        forms = (own,)
+        if (exchange := known.state.exchange) is not None:
+            # All ranks run a graph or none does: one that exchanges tokens has to meet its like.
+            forms = tuple(number for (number,) in exchange.lengths.tell(forms))
+        if _NONE in forms:
+            raise reason or NotRecordableError("it cannot be recorded on another of the ranks that share its experts")
+        variant = next((variant for variant in known.variants if variant.forms == forms), None)
         if variant is None:
-            if len(known.variants) == self.variants:
-                raise NotRecordableError(
-                    f"it was called in more than {self.variants} forms; pack or pad sequences to few lengths"
-                )
-            known.variants.append(variant := _Variant(call))
-        if variant.recording is not None and variant.recording.awaits_backward:
-            raise NotRecordableError("what it keeps is that of an earlier forward, which waits for its backward")
+            self._check_number(known.variants)
+            known.variants.append(variant := _Variant(own, forms))
         return variant
+
+    def _number(self, known: "_Known", call: "_Call") -> int:
+        """Of this form of call among those of the layer.
+
+        Raises:
+            NotRecordableError: saying why there can be no recording.
+        """
+        if call not in known.calls:
+            self._check_number(known.calls)
+            known.calls.append(call)
+        own = known.calls.index(call)
+        recordings = (variant.recording for variant in known.variants if variant.own == own)
+        if any(recording is not None and recording.awaits_backward for recording in recordings):
+            raise NotRecordableError("what it keeps is that of an earlier forward, which waits for its backward")
+        return own
+
+    def _check_number(self, forms: list) -> None:
+        if len(forms) == self.variants:
+            raise NotRecordableError(
+                f"it was called in more than {self.variants} forms; pack or pad sequences to few lengths"
+            )
 
     def _warm_up(self, function: functools.partial, hidden_states: Tensor, *args: Any) -> Kept:
         """Compiles what forward runs without gradients, and makes memory for what it keeps; leaves no trace in random
@@ -172,7 +202,10 @@ class _Variant:
     """Calls of one form. They are recorded once a backward of one has begun: by the next forward it is over, so kernels
     are compiled, and libraries have set up what they need on the threads that run them."""
 
-    call: _Call
+    own: int
+    """The number of the form among the layer's calls."""
+    forms: tuple[int, ...]
+    """That number on every rank, where ranks share out the layer's experts."""
     tried: bool = False
     recording: Optional[Recording] = None
 
@@ -182,9 +215,10 @@ class _Variant:
 
 @dataclass
 class _Known:
-    """Of a layer: how to read its state, and the forms in which it was called."""
+    """Of a layer: how to read its state, and the forms in which it was called, here and together on all ranks."""
 
     state: LayerState
+    calls: list[_Call] = field(default_factory=list)
     variants: list[_Variant] = field(default_factory=list)
 
 

@@ -8,13 +8,13 @@ import weakref
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from operator import attrgetter, itemgetter, methodcaller
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .expert_parallel import exchanges
+from .expert_parallel import Exchange
 
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 _READ = itemgetter("_modules", "_parameters", "_buffers", *_HOOKS)
@@ -50,14 +50,12 @@ class LayerState:
         """The state as it is now.
 
         Raises:
-            NotRecordableError: a module has hooks, or other ranks, with whom it exchanges tokens, may not record.
+            NotRecordableError: a module has hooks.
         """
         children, parameters, buffers, *hooks = zip(*map(_READ, self._attributes))
         if _values(children) != self._children:
             self._find_modules()
             return self.read()
-        if not all(exchange.lengths.are_equal for exchange in self._exchanges):
-            raise NotRecordableError("the ranks that share out its experts have batches of different shapes")
         modules = [self._layer(), *self._within]
         if any(map(any, hooks)) or any("_hf_hook" in attributes for attributes in self._attributes):
             raise NotRecordableError(f"its {_name_of_hooked(modules)} has hooks, which a graph would not call")
@@ -71,13 +69,18 @@ class LayerState:
                 [*map(_adapters, self._adapters)],
             )
 
+    @property
+    def exchange(self) -> Optional[Exchange]:
+        """What stands in front of the layer's experts, if ranks share them out."""
+        forwards = (attributes.get("forward") for attributes in self._attributes)
+        return next((forward for forward in forwards if isinstance(forward, Exchange)), None)
+
     def _find_modules(self) -> None:
         modules = [*self._layer().modules()]
         self._within = modules[1:]
         self._attributes = [*map(vars, modules)]
         # While these are all that those modules hold, there are no others.
         self._children = _values(module._modules for module in modules)
-        self._exchanges = exchanges(modules)
         self._adapters = [module for module in self._within if isinstance(module, BaseTunerLayer)]
 
 

@@ -3,6 +3,7 @@
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,12 +37,6 @@ def pair(kind: str, source, checkpoint: Path) -> tuple[nn.Module, nn.Module]:
     return alone, share_out_experts(model)
 
 
-def batches(lengths: tuple[int, ...], device: str = "cpu") -> tuple[list[Tensor], Tensor]:
-    """What the ranks have, the same on all of them, and what this one has."""
-    every = [tokens(1, length, device) for length in lengths]
-    return every, every[distributed.get_rank()]
-
-
 def changes(model: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: p.detach().cpu() - before[name] for name, p in training.trained(model).items()}
 
@@ -63,24 +58,32 @@ def train(
         enable_graphed_checkpointing(model, keep=("attention", "experts"))
     parallel = DistributedDataParallel(model)
     for _ in range(3):
-        before = values(alone)
-        every, mine = batches(lengths, device)
-        lr = CLIPPED_LR if max_norm else LR
-        optimizers = [torch.optim.SGD(training.trained(each).values(), lr=lr) for each in (alone, model)]
-        (sum(training.loss(alone, batch) for batch in every) / len(every)).backward()
-        training.loss(parallel, mine).backward()
-        if max_norm:
-            want = torch.nn.utils.clip_grad_norm_(alone.parameters(), max_norm)
-            got = clip_grad_norm_(parallel, max_norm)
-            assert want > max_norm
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        with whole_adapters(model):
-            training.assert_all_close(changes(alone, before), changes(model, before), ratio=1e-4)
+        step(alone, parallel, [inputs(tokens(1, length, device)) for length in lengths], max_norm)
     if checkpointing == "in graphs":
-        assert graphs.recordings(model) == (2 if len({*lengths}) == 1 else 0)  # one for each layer
+        assert graphs.recordings(model) == 2  # one for each layer
+
+
+def inputs(ids: Tensor, **others: Tensor) -> dict[str, Any]:
+    return {"input_ids": ids, "labels": ids, "use_cache": False, **others}
+
+
+def step(alone: nn.Module, parallel: DistributedDataParallel, every: list[dict[str, Any]], max_norm: float = 0) -> None:
+    """Trains on what each rank has, and compares what that changes."""
+    model, before = parallel.module, values(alone)
+    lr = CLIPPED_LR if max_norm else LR
+    optimizers = [torch.optim.SGD(training.trained(each).values(), lr=lr) for each in (alone, model)]
+    (sum(alone(**batch).loss for batch in every) / len(every)).backward()
+    parallel(**every[distributed.get_rank()]).loss.backward()
+    if max_norm:
+        want = torch.nn.utils.clip_grad_norm_(alone.parameters(), max_norm)
+        got = clip_grad_norm_(parallel, max_norm)
+        assert want > max_norm
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    with whole_adapters(model):
+        training.assert_all_close(changes(alone, before), changes(model, before), ratio=1e-4)
 
 
 CASES = pytest.mark.parametrize(
@@ -99,6 +102,23 @@ CASES = pytest.mark.parametrize(
 @CASES
 def test_adapters_train_as_in_one_process(on_two_ranks, source, checkpoint, kind, checkpointing, lengths, max_norm):
     on_two_ranks(train, source, checkpoint, kind, checkpointing, lengths, max_norm)
+
+
+def train_padded(source, checkpoint) -> None:
+    graphs.stand_in()
+    alone, model = pair("4 bit", source, checkpoint)
+    parallel = DistributedDataParallel(enable_graphed_checkpointing(model))
+    for padded in ((), (1,), (), (1,), (0, 1), (1,)):
+        every = [inputs(ids, attention_mask=torch.ones_like(ids)) for ids in tokens(2, 5).split(1)]
+        for rank in padded:
+            every[rank]["attention_mask"][:, :2] = 0
+        step(alone, parallel, every)
+    assert graphs.recordings(model) == 2 * 2  # both layers, for the two ways to pad that came twice
+
+
+def test_ranks_of_which_one_has_padding_run_other_graphs(on_two_ranks, source, checkpoint):
+    """A layer gets no mask for attention where nothing is padded: what one rank has recorded, another may not have."""
+    on_two_ranks(train_padded, source, checkpoint)
 
 
 def train_on_gpu(rank: int, address: str, seed: int, *arguments) -> None:
@@ -141,10 +161,8 @@ def test_each_rank_keeps_its_half_bit_for_bit(on_two_ranks, source, checkpoint, 
 
 def router_logits(source, checkpoint) -> None:
     alone, model = pair("4 bit", source, checkpoint)
-    _, mine = batches((4, 4))
-    want, got = (
-        each(input_ids=mine, labels=mine, output_router_logits=True, use_cache=False) for each in (alone, model)
-    )
+    mine = inputs(tokens(2, 4).split(1)[distributed.get_rank()], output_router_logits=True)
+    want, got = (each(**mine) for each in (alone, model))
     torch.testing.assert_close(got.loss, want.loss)
     torch.testing.assert_close(got.aux_loss, want.aux_loss)
 
