@@ -2,7 +2,8 @@
 no Triton."""
 
 from . import peft_hooks
-from .expert_parallel import clip_grad_norm_, share_out_experts, whole_adapters
+from .clipping import clip_grad_norm_
+from .expert_parallel import share_out_experts, whole_adapters
 from .graphed import enable_graphed_checkpointing
 from .kernelize import kernelize_model
 from .lora import expert_lora_config

@@ -4,7 +4,8 @@ Sorting the tokens, the gate and up projections and the adapters are then done o
 Qwen3-MoE's layer ends by adding the experts' result, so no gradient reads it.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Optional
 
@@ -13,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
+from .exchange import without_results
 from .experts import kernel_of
 
 Tensor = torch.Tensor
@@ -29,7 +31,12 @@ class Experts:
     def forward(self) -> AbstractContextManager:
         return nullcontext()
 
-    def recomputation(self) -> AbstractContextManager:
+    @contextmanager
+    def recomputation(self) -> Iterator[None]:
+        with without_results(), self._for_gradients():
+            yield
+
+    def _for_gradients(self) -> AbstractContextManager:
         return self._kernel.for_gradients()
 
 
@@ -47,7 +54,7 @@ class KeptExperts(Experts):
     def forward(self) -> AbstractContextManager:
         return self._kernel.keeping(self._kept)
 
-    def recomputation(self) -> AbstractContextManager:
+    def _for_gradients(self) -> AbstractContextManager:
         return self._kernel.for_gradients(self._kept)
 
 

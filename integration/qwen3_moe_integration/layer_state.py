@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .expert_parallel import Exchange
+from .exchange import Exchange
 
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 _READ = itemgetter("_modules", "_parameters", "_buffers", *_HOOKS)

@@ -162,13 +162,7 @@ def slice_stack(name: str, stack: Params4bit, first: int, experts: int) -> Param
     Raises:
         ValueError: a block is shared by two experts.
     """
-    state = stack.quant_state
-    matrix = math.prod(state.shape[1:])
-    if matrix % state.blocksize:
-        raise ValueError(
-            f"{name}: a block of {state.blocksize} weights belongs to two experts of shape {tuple(state.shape[1:])}, "
-            "so they cannot be parted"
-        )
+    state, matrix = stack.quant_state, check_parts(name, stack)
     blocks = matrix // state.blocksize
     own = slice(first * blocks, (first + experts) * blocks)
     part = QuantState(
@@ -190,6 +184,22 @@ def slice_stack(name: str, stack: Params4bit, first: int, experts: int) -> Param
         part.absmax = _decoded_absmax(stack)[own].clone()
     packed = _bytes(stack)[first * matrix // 2 : (first + experts) * matrix // 2].clone()
     return _parameter(name, packed, part, stack.quant_storage)
+
+
+def check_parts(name: str, stack: Params4bit) -> int:
+    """How many weights an expert of a stack has.
+
+    Raises:
+        ValueError: a block is shared by two experts.
+    """
+    state = stack.quant_state
+    matrix = math.prod(state.shape[1:])
+    if matrix % state.blocksize:
+        raise ValueError(
+            f"{name}: a block of {state.blocksize} weights belongs to two experts of shape {tuple(state.shape[1:])}, "
+            "so they cannot be parted"
+        )
+    return matrix
 
 
 def place_stack(module: nn.Module, projection: str, stack: Params4bit) -> None:

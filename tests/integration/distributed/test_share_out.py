@@ -1,28 +1,36 @@
 """Experts shared out over two ranks, with their adapters: they train as one process does, and leave the same files."""
 
 import copy
+import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
 from qwen3_moe_integration import (
     MoeBitsAndBytesConfig,
     clip_grad_norm_,
     enable_graphed_checkpointing,
+    exchange,
     kernelize_model,
     share_out_experts,
     whole_adapters,
 )
-from qwen3_moe_integration.expert_parallel import Exchange
+from qwen3_moe_integration.exchange import Exchange
 from qwen3_moe_integration.quantize.stacks import QuantState, quantize_stack, slice_stack
-from tests.integration import graphs, quantized
+from tests.integration import graphs, lora, quantized
 from tests.integration.distributed import training
+from tests.integration.distributed.launch import apply_config
+from tests.integration.distributed.ranks import run_on_ranks
 from tests.integration.models import QWEN3, tokens
 
 KINDS = ("experts", "4 bit")
@@ -75,6 +83,9 @@ def step(alone: nn.Module, parallel: DistributedDataParallel, every: list[dict[s
     (sum(alone(**batch).loss for batch in every) / len(every)).backward()
     parallel(**every[distributed.get_rank()]).loss.backward()
     if max_norm:
+        for norm_type in (1, math.inf):
+            want = torch.nn.utils.clip_grad_norm_(alone.parameters(), math.inf, norm_type)
+            torch.testing.assert_close(clip_grad_norm_(parallel, math.inf, norm_type), want, rtol=1e-5, atol=0)
         want = torch.nn.utils.clip_grad_norm_(alone.parameters(), max_norm)
         got = clip_grad_norm_(parallel, max_norm)
         assert want > max_norm
@@ -104,6 +115,31 @@ def test_adapters_train_as_in_one_process(on_two_ranks, source, checkpoint, kind
     on_two_ranks(train, source, checkpoint, kind, checkpointing, lengths, max_norm)
 
 
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    before = [parameter.detach().clone() for parameter in training.trained(model).values()]
+    yield
+    for parameter, value in zip(training.trained(model).values(), before, strict=True):
+        parameter.data.copy_(value)
+
+
+def train_in_graphs(source, checkpoint) -> None:
+    graphs.stand_in()
+    _, model = pair("4 bit", source, checkpoint)
+    enable_graphed_checkpointing(model)
+    scattered, scatter = [], exchange._scatter
+    exchange._scatter = lambda x: scattered.append(x) or scatter(x)
+    for _ in range(2):
+        scattered.clear()
+        training.loss(model, tokens(1, 5)).backward()
+    assert graphs.recordings(model) == 2 and all(x.isfinite().all() for x in scattered)
+    assert len(scattered) == 2 * 3  # a layer's result, and the gradients of its tokens and of their weights
+
+
+def test_layers_in_graphs_exchange_no_results_when_they_are_computed_again(on_two_ranks, source, checkpoint):
+    on_two_ranks(train_in_graphs, source, checkpoint)
+
+
 def train_padded(source, checkpoint) -> None:
     graphs.stand_in()
     alone, model = pair("4 bit", source, checkpoint)
@@ -112,7 +148,8 @@ def train_padded(source, checkpoint) -> None:
         every = [inputs(ids, attention_mask=torch.ones_like(ids)) for ids in tokens(2, 5).split(1)]
         for rank in padded:
             every[rank]["attention_mask"][:, :2] = 0
-        step(alone, parallel, every)
+        with restored(alone), restored(model):  # or rounding would grow from step to step
+            step(alone, parallel, every)
     assert graphs.recordings(model) == 2 * 2  # both layers, for the two ways to pad that came twice
 
 
@@ -196,6 +233,59 @@ def test_adapters_are_saved_as_those_of_one_process(on_two_ranks, source, checkp
     assert not any((tmp_path / "incomplete").rglob("*.safetensors"))
 
 
+def fit(source, checkpoint, output: Path, ranks: int) -> list[dict[str, float]]:
+    """By the Trainer, as it clips; saves the adapters and returns what was logged."""
+    model = get_peft_model(training.base_model("4 bit", source, checkpoint), lora.config())
+    if ranks > 1:
+        apply_config("ddp")
+        share_out_experts(model)
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=3,
+        per_device_train_batch_size=2 // ranks,
+        learning_rate=1e-2,
+        adam_epsilon=1e-2,
+        max_grad_norm=0.01,
+        save_strategy="no",
+        logging_steps=1,
+        use_cpu=True,
+        report_to="none",
+    )
+    rows = [{"input_ids": row, "labels": row} for row in tokens(6, 5)]
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    with whole_adapters(model):
+        trainer.save_model(str(output / "model"))
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_trainer_clips_by_the_norm_of_all_ranks(server, source, checkpoint, tmp_path, seed):
+    (want,) = run_on_ranks(1, fit, source, checkpoint, tmp_path / "alone", 1, seed=seed)
+    for got in run_on_ranks(2, fit, source, checkpoint, tmp_path / "shared out", 2, seed=seed):
+        assert [entry["grad_norm"] for entry in got] == pytest.approx([entry["grad_norm"] for entry in want], rel=1e-4)
+        assert min(entry["grad_norm"] for entry in got) > 0.01
+    files = [load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("alone", "shared out")]
+    training.assert_all_close(*files, ratio=1e-4)
+
+
+def misuse(source, checkpoint) -> None:
+    ids = tokens(1, 4)
+    _, model = pair("4 bit", source, checkpoint)
+    with pytest.raises(RuntimeError, match="run in calls of the whole model"):
+        graphs.layers(model)[0].mlp(torch.randn(1, 4, 64))
+    model(input_ids=ids)
+    with whole_adapters(model), pytest.raises(RuntimeError, match="within whole_adapters a model is saved"):
+        model(input_ids=ids)
+    model(input_ids=ids)
+    DistributedDataParallel(nn.ModuleList([model]))
+    with pytest.raises(RuntimeError, match="overwritten after they were shared out, as DDP does"):
+        model(input_ids=ids)
+
+
+def test_what_would_compute_something_else_is_an_error(on_two_ranks, source, checkpoint):
+    on_two_ranks(misuse, source, checkpoint)
+
+
 def refused(model: nn.Module, message: str) -> None:
     before = copy.deepcopy(dict(model.named_parameters()))
     with pytest.raises(ValueError, match=message):
@@ -204,17 +294,21 @@ def refused(model: nn.Module, message: str) -> None:
         assert torch.equal(parameter.data.view(torch.uint8), before[name].data.view(torch.uint8))
 
 
-def refusals(source, checkpoint) -> None:
+def refusals(source, checkpoint, small: Path) -> None:
     refused(QWEN3.build(), "call kernelize_model before")
     refused(kernelize_model(QWEN3.build(), kernel=source), r"experts is trained itself")
     odd = kernelize_model(QWEN3.build(num_experts=3, num_experts_per_tok=2), kernel=source).requires_grad_(False)
     refused(odd, "has 3 experts, which 2 ranks cannot share equally")
     _, model = pair("4 bit", source, checkpoint)
     refused(model, "is shared out already")
+    settings = {"experts_blocksize": 4096, "bnb_4bit_compute_dtype": torch.float32}
+    blocks = quantized.load(small, MoeBitsAndBytesConfig(**settings), dtype=torch.float32)
+    refused(blocks, "experts.gate_up_proj: a block of 4096 weights belongs to two experts")
 
 
-def test_what_cannot_be_shared_out_is_left_as_it_was(on_two_ranks, source, checkpoint):
-    on_two_ranks(refusals, source, checkpoint)
+def test_what_cannot_be_shared_out_is_left_as_it_was(on_two_ranks, source, checkpoint, tmp_path):
+    quantized.checkpoint(tmp_path)
+    on_two_ranks(refusals, source, checkpoint, tmp_path)
 
 
 def test_without_a_process_group_there_is_nobody_to_share_with():
