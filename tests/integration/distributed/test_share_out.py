@@ -22,6 +22,7 @@ from qwen3_moe_integration import (
     enable_graphed_checkpointing,
     exchange,
     kernelize_model,
+    register,
     share_out_experts,
     whole_adapters,
 )
@@ -32,6 +33,7 @@ from tests.integration.distributed import training
 from tests.integration.distributed.launch import apply_config
 from tests.integration.distributed.ranks import run_on_ranks
 from tests.integration.models import QWEN3, tokens
+from tests.integration.test_experts import FUSED
 
 KINDS = ("experts", "4 bit")
 LR = 0.5
@@ -175,6 +177,28 @@ def test_adapters_train_as_in_one_process_on_two_gpus(
 ):
     arguments = (f"file://{tmp_path / 'meeting'}", seed, source, checkpoint, "4 bit", checkpointing, lengths, max_norm)
     multiprocessing.spawn(train_on_gpu, arguments, nprocs=2)
+
+
+def train_others(source) -> None:
+    """All but the experts, in fp64: some of these models' gradients are ill-conditioned."""
+    register(source)
+    for tiny in FUSED:
+        alone = tiny.build().double()
+        alone.set_experts_implementation("qwen3_moe_fused")
+        for name, parameter in alone.named_parameters():
+            parameter.requires_grad_(not name.endswith(("experts.gate_up_proj", "experts.down_proj")))
+        model = share_out_experts(copy.deepcopy(alone))
+        assert len([module for module in model.modules() if hasattr(module, "_old_forward")]) == tiny.moe_layers
+        every = tokens(2, 6).split(1)
+        (sum(training.loss(alone, ids) for ids in every) / 2).backward()
+        training.loss(model, every[distributed.get_rank()]).backward()
+        want, got = ({name: p.grad for name, p in training.trained(each).items() if p.grad is not None}
+                     for each in (alone, model))  # fmt: skip
+        training.assert_all_close(want, {name: training.average(grad) for name, grad in got.items()}, ratio=1e-9)
+
+
+def test_experts_of_other_models_are_shared_out(on_two_ranks, source):
+    on_two_ranks(train_others, source)
 
 
 def share_is_half(source, checkpoint, kind: str) -> None:
