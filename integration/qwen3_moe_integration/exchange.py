@@ -34,13 +34,24 @@ class Lengths:
     def __init__(self):
         # Beside a group whose messages go through the GPU, one that the host need not wait for.
         self._group = None if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo")
-        self.most = 0
+        self._most = 0
 
     def agree(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward pre-hook of the model."""
         inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
         shape = next(x for x in inputs if isinstance(x, Tensor)).shape[:2]
-        self.most = max(length for (length,) in self.tell([shape.numel()]))
+        self._most = self._agreed(shape.numel())
+
+    def most(self, mine: int) -> int:
+        """Of the ranks' numbers of tokens, one of which is ``mine``.
+
+        In backward, checkpointing repeats a call that others may have followed: the ranks agree on that one again.
+        """
+        in_backward = torch._C._current_graph_task_id() != -1
+        return self._agreed(mine) if in_backward else self._most
+
+    def _agreed(self, mine: int) -> int:
+        return max(length for (length,) in self.tell([mine]))
 
     def tell(self, numbers: Sequence[int]) -> list[list[int]]:
         """What every rank tells the others, each as many numbers; the GPU need not know."""
@@ -72,7 +83,7 @@ class Exchange:
             other weights were written over those of these experts.
         """
         tokens = hidden_states.shape[0]
-        missing = self.lengths.most - tokens
+        missing = self.lengths.most(tokens) - tokens
         self._check(missing)
         if missing:
             hidden_states, top_k_weights = (pad(x, (0, 0, 0, missing)) for x in (hidden_states, top_k_weights))

@@ -1,9 +1,10 @@
 """Experts shared out over two ranks, with their adapters: they train as one process does, and leave the same files."""
 
 import copy
+import gc
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -142,12 +143,13 @@ def test_layers_in_graphs_exchange_no_results_when_they_are_computed_again(on_tw
     on_two_ranks(train_in_graphs, source, checkpoint)
 
 
-def train_padded(source, checkpoint) -> None:
-    graphs.stand_in()
-    alone, model = pair("4 bit", source, checkpoint)
+def train_padded(source, checkpoint, device: str = "cpu") -> None:
+    if device == "cpu":
+        graphs.stand_in()
+    alone, model = (each.to(device) for each in pair("4 bit", source, checkpoint))
     parallel = DistributedDataParallel(enable_graphed_checkpointing(model))
     for padded in ((), (1,), (), (1,), (0, 1), (1,)):
-        every = [inputs(ids, attention_mask=torch.ones_like(ids)) for ids in tokens(2, 5).split(1)]
+        every = [inputs(ids, attention_mask=torch.ones_like(ids)) for ids in tokens(2, 5, device).split(1)]
         for rank in padded:
             every[rank]["attention_mask"][:, :2] = 0
         with restored(alone), restored(model):  # or rounding would grow from step to step
@@ -160,23 +162,54 @@ def test_ranks_of_which_one_has_padding_run_other_graphs(on_two_ranks, source, c
     on_two_ranks(train_padded, source, checkpoint)
 
 
-def train_on_gpu(rank: int, address: str, seed: int, *arguments) -> None:
+def on_gpu(rank: int, address: str, seed: int, function: Callable, *arguments) -> None:
     torch.cuda.set_device(rank)
     device = torch.device("cuda", rank)
     distributed.init_process_group("nccl", init_method=address, rank=rank, world_size=2, device_id=device)
     torch.manual_seed(seed)
-    train(*arguments, device="cuda")
+    function(*arguments, device="cuda")
+    gc.collect()  # a communicator outlives the graphs that use it
     distributed.destroy_process_group()
 
 
+@pytest.fixture
+def on_two_gpus(seed, tmp_path) -> Callable:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    address = f"file://{tmp_path / 'meeting'}"
+    return lambda *arguments: multiprocessing.spawn(on_gpu, (address, seed, *arguments), nprocs=2)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @CASES
 def test_adapters_train_as_in_one_process_on_two_gpus(
-    source, checkpoint, seed, checkpointing, lengths, max_norm, tmp_path
+    on_two_gpus, source, checkpoint, checkpointing, lengths, max_norm
 ):
-    arguments = (f"file://{tmp_path / 'meeting'}", seed, source, checkpoint, "4 bit", checkpointing, lengths, max_norm)
-    multiprocessing.spawn(train_on_gpu, arguments, nprocs=2)
+    on_two_gpus(train, source, checkpoint, "4 bit", checkpointing, lengths, max_norm)
+
+
+@pytest.mark.gpu
+def test_ranks_of_which_one_has_padding_run_other_graphs_on_two_gpus(on_two_gpus, source, checkpoint):
+    on_two_gpus(train_padded, source, checkpoint)
+
+
+def train_around_another_call(source, checkpoint) -> None:
+    alone, model = pair("4 bit", source, checkpoint)
+    parallel = DistributedDataParallel(training.with_checkpointing(model))
+    for lengths in ((6, 4), (3, 2), (2, 9)):
+        every, others = ([tokens(1, length) for length in each] for each in ((4, 6), lengths))
+        loss = training.loss(parallel, every[distributed.get_rank()])
+        with torch.no_grad():
+            model(input_ids=others[distributed.get_rank()])
+        loss.backward()
+        (sum(training.loss(alone, ids) for ids in every) / 2).backward()
+        want, got = ({name: p.grad for name, p in training.trained(each).items() if "experts" not in name}
+                     for each in (alone, model))  # fmt: skip
+        training.assert_all_close(want, got)
+
+
+def test_a_call_between_forward_and_its_recomputation_changes_nothing(on_two_ranks, source, checkpoint):
+    on_two_ranks(train_around_another_call, source, checkpoint)
 
 
 def train_others(source) -> None:
