@@ -11,6 +11,8 @@ from tests.integration.distributed import training
 
 STEPS, SHORT = 3, 3
 """The first step is not in graphs yet. Of so few tokens a rank's some experts get none."""
+RATIO = 1e-4
+"""Gradients that nearly cancel out of so few tokens keep more of the rounding than one in fifty runs forgave."""
 
 
 def train(source, checkpoint, kind: str, micro_batches: int) -> None:
@@ -29,7 +31,7 @@ def train(source, checkpoint, kind: str, micro_batches: int) -> None:
         want, got = (
             {name: parameter.grad for name, parameter in training.trained(each).items()} for each in (alone, model)
         )
-        training.assert_all_close(want, got)
+        training.assert_all_close(want, got, RATIO)
     (recorder,) = graphs.made
     layers, in_graphs = 2, STEPS * micro_batches - 1
     assert (recorder.recorded, recorder.replayed) == (2 * layers, 2 * layers * in_graphs)

@@ -205,7 +205,7 @@ def train_around_another_call(source, checkpoint) -> None:
         (sum(training.loss(alone, ids) for ids in every) / 2).backward()
         want, got = ({name: p.grad for name, p in training.trained(each).items() if "experts" not in name}
                      for each in (alone, model))  # fmt: skip
-        training.assert_all_close(want, got)
+        training.assert_all_close(want, got, ratio=1e-4)
 
 
 def test_a_call_between_forward_and_its_recomputation_changes_nothing(on_two_ranks, source, checkpoint):
