@@ -25,11 +25,13 @@ LAYERS = ["dense", "trained", "adapters", "4 bit", "4 bit with adapters"]
 
 
 class Compiler:
-    """Stands in for Triton on a card that is not here: ``compiled`` and ``launched`` hold kernels' names in order."""
+    """Stands in for Triton on a card that is not here: ``asked``, ``compiled`` and ``launched`` hold kernels' names in
+    order."""
 
     utils = None
 
     def __init__(self):
+        self.asked: list[str] = []  # by a rehearsal
         self.compiled: list[str] = []
         self.in_turn: list[str] = []  # of these, by a launch that waited for it
         self.launched: list[str] = []
@@ -64,6 +66,7 @@ class Compiler:
             return Compiled(name, self)
 
         if mode is not None:
+            self.asked.append(name)
             return mode.submit((name, key), work, lambda kernel: cache.__setitem__(key, kernel))
         cache[key] = work()
         self.in_turn.append(name)
@@ -160,6 +163,13 @@ def test_forward_compiles_all_of_a_training_step_at_once(kernel, compiler, kind,
     known = len(compiler.compiled)
     layer.backward(tuple(saved))
     assert len(compiler.compiled) == known and not compiler.in_turn and threading.main_thread() not in threads
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_the_slowest_kernel_is_among_the_first_that_compile(kernel, compiler, save):
+    Layer(kernel, "4 bit with adapters").forward(save)
+    others = {"_gate_up_kernel", "_linear_kernel", "factor_grads_kernel", "_combine_kernel"}
+    assert compiler.asked.index("_down_backward_kernel") < min(map(compiler.asked.index, others))
 
 
 @pytest.mark.parametrize("kind", LAYERS)
