@@ -46,7 +46,7 @@ DOWN_BACKWARD = {
     128: [(128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 4), (64, 64, 8, 4), (64, 32, 8, 4)],
     256: [(64, 64, 8, 3), (64, 64, 8, 4)],
 }
-FAST_ROWS = (512, 640, 768, 896, 1024, 1280, 1536)  # rows per expert at which two ways of decoding are compared
+DECODED_ROWS = (64, 256, 512, 640, 768, 896, 1024, 1280, 1536)  # rows per expert at which two ways are compared
 WEIGHT_GRAD = {  # by rows summed a step
     16: [(128, 128, 4, 5), (128, 128, 4, 6), (128, 256, 8, 5)],
     32: [(128, 128, 4, 5), (128, 128, 4, 6), (128, 256, 8, 5)],
@@ -161,13 +161,13 @@ def tune(kernel, sizes, rows: int):
 
 
 def tune_fast_rows(kernel, sizes):
-    """The rows per expert up to which decoding in registers is never slower than decoding beforehand (0 if it is from
-    the first on), and the times of forward and backward both ways, in milliseconds."""
+    """The ``changeover`` from decoding in registers to decoding beforehand, and the times of forward and backward both
+    ways, in milliseconds."""
     regime = importlib.import_module(f"{kernel.__name__}.regime")
     experts, hidden, width = sizes.experts, sizes.hidden, sizes.intermediate
     stacks = random_nf4(kernel, (experts, 2 * width, hidden)), random_nf4(kernel, (experts, hidden, width))
     choose, times = regime.regime, {}
-    for count in FAST_ROWS:
+    for count in DECODED_ROWS:
         tokens = count * experts // sizes.top_k
         scores = torch.randn(tokens, experts, device="cuda") + 0.5 * torch.randn(experts, device="cuda")
         weights, index = scores.softmax(-1).topk(sizes.top_k)
@@ -183,8 +183,12 @@ def tune_fast_rows(kernel, sizes):
             times[count][way] = round(triton.testing.do_bench(run, warmup=50, rep=200, return_mode="median"), 4)
         print(f"  {count} rows per expert: {times[count]}", flush=True)
     regime.regime = choose
-    faster = takewhile(lambda count: times[count]["fast"] <= times[count]["dequantize"], times)
-    return max(faster, default=0), times
+    return changeover(times), times
+
+
+def changeover(times):
+    """The rows per expert up to which the fast path is never slower; 0 if it is from the first on."""
+    return max(takewhile(lambda rows: times[rows]["fast"] <= times[rows]["dequantize"], sorted(times)), default=0)
 
 
 def random_nf4(kernel, shape):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from harness.engines import ENGINES, build, loss_options
-from harness.environment import environment
+from harness.environment import environment, kernel_identity
 from harness.files import write_whole
 from harness.measure import synchronize
 from harness.model import TINY, config
@@ -57,9 +57,10 @@ def main(argv: list[str] | None = None) -> None:
     if not distributed.is_initialized():
         distributed.init_process_group(device_id=device if device.type == "cuda" else None)
     ranks = distributed.get_world_size()
+    kernel = KernelSource(path=options.kernel) if options.kernel else KernelSource()
     runs = []
     for engine in options.engines:
-        runs.append({"engine": engine, **run(engine, options, device)})
+        runs.append({"engine": engine, **run(engine, kernel, options, device)})
         if distributed.get_rank() == 0:
             print(json.dumps(runs[-1]), flush=True)
     add_efficiency(runs)
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
             {
                 "command": shlex.join(["torchrun", f"--nproc-per-node={ranks}", "benchmarks/scaling.py", *arguments]),
                 "environment": environment(device.type),
+                "kernel": kernel_identity(kernel.load()),
                 "ranks": ranks,
                 "layers": options.layers,
                 "tokens": options.tokens,
@@ -80,10 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     distributed.destroy_process_group()
 
 
-def run(engine: str, options: argparse.Namespace, device: torch.device) -> dict:
+def run(engine: str, kernel: KernelSource, options: argparse.Namespace, device: torch.device) -> dict:
     """Times one engine; what it held is free again afterwards."""
     sizes = config(options.layers, **TINY if options.tiny else {})
-    kernel = KernelSource(path=options.kernel) if options.kernel else KernelSource()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     model = build(engine, sizes, options.rank, kernel, device, options.graphs)

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from harness.environment import kernel_identity
 from harness.model import TINY, config, random_4_bit_model
 from harness.step import GIB, adam, command, results, training_step, write
 from harness.training import LOSS_CHUNK, add_lora, apply_liger, checkpointed
@@ -64,6 +65,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def kernel_source(options: argparse.Namespace) -> KernelSource:
+    return KernelSource(path=options.kernel) if options.kernel else KernelSource()
+
+
 def build(options: argparse.Namespace, sizes: Qwen3MoeConfig, device: str) -> torch.nn.Module:
     model = random_4_bit_model(sizes, device, experts_in_4_bit=not options.stock)
     if options.liger:
@@ -71,7 +76,7 @@ def build(options: argparse.Namespace, sizes: Qwen3MoeConfig, device: str) -> to
     if options.stock:
         model.set_experts_implementation("grouped_mm")
     else:
-        kernelize_model(model, "training", KernelSource(path=options.kernel) if options.kernel else KernelSource())
+        kernelize_model(model, "training", kernel_source(options))
     layers = model.model.layers
     model = add_lora(checkpointed(model), options.rank)
     if not (options.stock or options.peft_attention):
@@ -105,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     step = training_step(model, adam(model, device, waits=options.stock), **loss_options)
     result = results(model, step, options, device, built, renew=partial(checkpoint_in_graphs, model, options))
     result |= {"command": command("train_step.py", argv or sys.argv[1:]), "stock": options.stock}
+    result["kernel"] = None if options.stock else kernel_identity(kernel_source(options).load())
     for run in result["runs"] if not options.stock else ():
         wanted = Step(
             run["tokens"],

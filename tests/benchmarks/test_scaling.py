@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -17,12 +18,14 @@ def measure(arguments: list[str]) -> None:
     scaling.main(arguments)
 
 
-def test_every_engine_trains_and_is_measured(kernel_dir, tmp_path):
+def test_every_engine_trains_and_is_measured(kernel, kernel_dir, tmp_path):
     start_server()
     arguments = ["--tiny", "--layers", "2", "--tokens", "24", "--steps", "4", "--graphs"]
     run_on_ranks(2, measure, [*arguments, "--kernel", str(kernel_dir), "--out", str(tmp_path)])
     result = json.loads((tmp_path / "scaling.json").read_text())
     runs = {run["engine"]: run for run in result["runs"]}
+    metadata = json.loads(Path(kernel.__file__).with_name("metadata.json").read_text())
+    assert result["kernel"]["id"] == metadata["id"]
     assert result["command"].startswith("torchrun --nproc-per-node=2 benchmarks/scaling.py --tiny")
     assert [*runs] == ["alone", "ddp", "fsdp2", "experts", "whole", "ep"] and result["ranks"] == 2
     for run in runs.values():

@@ -1,18 +1,20 @@
 """train_step.py: it trains, and its figures are of the steps that it ran."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("bitsandbytes")
 
 
-def test_a_tiny_model_trains_and_is_measured(kernel_dir, tmp_path, capsys):
+def test_a_tiny_model_trains_and_is_measured(kernel, kernel_dir, tmp_path, capsys):
     import train_step
 
     arguments = ["--tiny", "--no-liger", "--layers", "2", "--tokens", "16", "24", "--steps", "4", "--profile", "16"]
     train_step.main([*arguments, "--kernel", str(kernel_dir), "--out", str(tmp_path)])
     result = json.loads((tmp_path / "train_step-2-layers.json").read_text())
+    assert result["kernel"]["id"] == json.loads(Path(kernel.__file__).with_name("metadata.json").read_text())["id"]
     assert [run["tokens"] for run in result["runs"]] == [16, 24]
     for run in result["runs"]:
         assert run["last_loss"] < run["first_loss"]

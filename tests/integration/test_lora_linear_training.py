@@ -56,7 +56,7 @@ def test_a_model_trains_as_with_peft_s_own(stock, device, how, fused):
 
 @pytest.fixture
 def in_graphs(device, monkeypatch) -> None:
-    """Without PEFT's own fused."""
+    """Without PEFT's own products."""
     monkeypatch.setattr(peft_bnb.Linear4bit, "forward", None)
     if device == "cpu":
         graphs.stand_in(monkeypatch.setattr)

@@ -8,6 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from tune import changeover
+
 KIB = 1024
 CPU = torch.device("cpu")
 
@@ -51,6 +53,16 @@ def test_a_tuned_table_fits_its_card_and_says_where_it_comes_from(tiling):
         assert {"torch", "triton", "shape", "tilings"} <= set(content)
         for choice, itemsize in _choices(tiling, content["card"], 227 * KIB):
             _assert_fits(choice, itemsize, 227 * KIB)
+
+
+def test_the_rows_to_decode_in_registers_are_those_that_were_timed(tiling):
+    faster, slower = {"fast": 1.0, "dequantize": 1.1}, {"fast": 1.1, "dequantize": 1.0}
+    assert changeover({64: faster, 256: slower, 512: faster}) == 64 and changeover({64: slower, 256: faster}) == 0
+    tables = [content for path in _shipped(tiling) if "fast_rows" in (content := json.loads(path.read_text()))]
+    assert tables, "no tuned table says"
+    for content in tables:
+        times = content["milliseconds"]["fast_rows"]
+        assert content["fast_rows"] == changeover({int(rows): each for rows, each in times.items()})
 
 
 def test_a_tuned_table_is_taken_for_its_card_alone(tiling):

@@ -106,8 +106,9 @@ def regime(rows: int, weights: Tuple[Weight, ...], dtype: torch.dtype, device: t
 
 @functools.cache
 def fast_rows(device: torch.device) -> int:
-    """Rows per expert up to which this card takes the fast path."""
-    return tuned_fast_rows(device) or FAST_ROWS
+    """Rows per expert up to which this card takes the fast path; 0 if it never does."""
+    tuned = tuned_fast_rows(device)
+    return FAST_ROWS if tuned is None else tuned
 
 
 def suits_gemv(slots: int, gate_up: Projection, down: Projection, device: torch.device) -> bool:

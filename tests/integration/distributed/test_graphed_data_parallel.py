@@ -11,8 +11,6 @@ from tests.integration.distributed import training
 
 STEPS, SHORT = 3, 3
 """The first step is not in graphs yet. Of so few tokens a rank's some experts get none."""
-RATIO = 1e-4
-"""Gradients that nearly cancel out of so few tokens keep more of the rounding than one in fifty runs forgave."""
 
 
 def train(source, checkpoint, kind: str, micro_batches: int) -> None:
@@ -27,11 +25,12 @@ def train(source, checkpoint, kind: str, micro_batches: int) -> None:
             batch, share = training.batch_and_share(2, SHORT)
             with nullcontext() if last else parallel.no_sync():
                 (training.loss(parallel, share) / micro_batches).backward()
-            (training.loss(alone, batch) / micro_batches).backward()
+            for each in batch.split(1):  # not at once: gradients that nearly cancel would show how sums are rounded
+                (training.loss(alone, each) / len(batch) / micro_batches).backward()
         want, got = (
             {name: parameter.grad for name, parameter in training.trained(each).items()} for each in (alone, model)
         )
-        training.assert_all_close(want, got, RATIO)
+        training.assert_all_close(want, got)
     (recorder,) = graphs.made
     layers, in_graphs = 2, STEPS * micro_batches - 1
     assert (recorder.recorded, recorder.replayed) == (2 * layers, 2 * layers * in_graphs)
@@ -39,5 +38,5 @@ def train(source, checkpoint, kind: str, micro_batches: int) -> None:
 
 @pytest.mark.parametrize("kind", training.KINDS)
 @pytest.mark.parametrize("micro_batches", [1, 2], ids=["plain", "no_sync"])
-def test_gradients_are_those_of_one_process_on_the_joined_batch(on_two_ranks, source, checkpoint, kind, micro_batches):
+def test_gradients_are_those_of_one_process_on_all_batches(on_two_ranks, source, checkpoint, kind, micro_batches):
     on_two_ranks(train, source, checkpoint, kind, micro_batches)
