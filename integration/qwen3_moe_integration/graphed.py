@@ -117,17 +117,17 @@ class GraphedCheckpoint:
         known = self._known.get(layer)
         if known is None:
             known = self._known[layer] = _Known(LayerState(layer))
-        own, reason = _NONE, None
+        own, reason = _NONE, "it cannot be recorded on another of the ranks that share its experts"
         try:
             own = self._number(known, _Call.of(hidden_states, values, tree, known.state))
         except NotRecordableError as error:
-            reason = error
+            reason = str(error)  # the error itself would hold this frame, and so the call's tensors
         forms = (own,)
         if (exchange := known.state.exchange) is not None:
             # All ranks run a graph or none does: one that exchanges tokens has to meet its like.
             forms = tuple(number for (number,) in exchange.lengths.tell(forms))
         if _NONE in forms:
-            raise reason or NotRecordableError("it cannot be recorded on another of the ranks that share its experts")
+            raise NotRecordableError(reason)
         variant = next((variant for variant in known.variants if variant.forms == forms), None)
         if variant is None:
             self._check_number(known.variants)

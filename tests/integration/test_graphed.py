@@ -1,7 +1,9 @@
 """Checkpointing by CUDA graphs equals checkpointing; on a CPU a graph is stood in for by doing its work again."""
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +12,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from qwen3_moe_integration import KernelSource, enable_graphed_checkpointing, graphed
 from qwen3_moe_integration.experts import kernel_of
@@ -257,6 +260,24 @@ def test_on_a_cpu_it_is_the_usual_one(kernel_dir, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(input_ids=tokens(), labels=tokens())  # said once
+
+
+def test_a_call_that_is_not_recorded_leaves_no_tensors_to_the_garbage_collector(kernel_dir, monkeypatch):
+    model, _ = twins_of(kernel_dir, "cpu")
+    states = []
+
+    def noting(function, hidden_states, *args, **kwargs):
+        states.append(weakref.ref(hidden_states))
+        return checkpoint(function, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(graphed, "checkpoint", noting)
+    gc.collect()
+    gc.disable()
+    try:
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        assert len(states) == 2 and all(state() is None for state in states)
+    finally:
+        gc.enable()
 
 
 def test_what_is_no_model_of_transformers_is_refused():
