@@ -107,6 +107,11 @@ class Exchange:
                 )
 
 
+def is_shared_out(module: nn.Module) -> bool:
+    """Whether a module holds some of a layer's experts, the others being on other ranks."""
+    return isinstance(vars(module).get("forward"), Exchange)
+
+
 @contextmanager
 def without_results() -> Iterator[None]:
     """Inside, a layer is computed for its gradients, none of which reads the experts' results: these stay NaN."""

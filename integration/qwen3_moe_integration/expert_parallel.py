@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from . import clipping
-from .exchange import Exchange, Lengths, gather
+from .exchange import Exchange, Lengths, gather, is_shared_out
 from .experts import takes_adapters
 from .lora import PROJECTIONS, ParamWrapper
 from .quantize.stacks import check_parts, place_stack, slice_stack
@@ -94,7 +94,7 @@ def whole_adapters(model: nn.Module) -> Iterator[None]:
             ranks, out, width = per_rank.shape
             per_rank = per_rank.view(ranks, out, -1, wrapper.num_experts)
             A.data, B.data = whole_A, per_rank.permute(1, 2, 0, 3).reshape(out, ranks * width).cpu()
-    exchanges = [module.forward for module in model.modules() if _is_shared_out(module)]
+    exchanges = [module.forward for module in model.modules() if is_shared_out(module)]
     for exchange in exchanges:
         exchange.adapters_are_whole = True
     try:
@@ -121,15 +121,11 @@ def _has_experts(module: nn.Module) -> bool:
     return all(projection in module._parameters for projection in PROJECTIONS) and takes_adapters(module)
 
 
-def _is_shared_out(module: nn.Module) -> bool:
-    return isinstance(vars(module).get("forward"), Exchange)
-
-
 def _share(name: str, experts: nn.Module, ranks: int) -> int:
     """How many of the experts each rank gets."""
     parameters = [experts._parameters[projection] for projection in PROJECTIONS]
     number = _shape(parameters[0])[0]
-    if _is_shared_out(experts):
+    if is_shared_out(experts):
         raise ValueError(f"{name} is shared out already")
     if isinstance(experts, FSDPModule) or any(isinstance(p, DTensor) for p in parameters):
         raise ValueError(f"{name} is sharded already; share experts out instead of that, or not at all")
@@ -160,7 +156,7 @@ def _keep_part(name: str, experts: nn.Module, projection: str, first: int, share
 def _wrappers(model: nn.Module) -> list[ParamWrapper]:
     """The adapters of experts that are shared out."""
     wrappers = (module for module in model.modules() if isinstance(module, ParamWrapper))
-    return [wrapper for wrapper in wrappers if _is_shared_out(wrapper.get_base_layer())]
+    return [wrapper for wrapper in wrappers if is_shared_out(wrapper.get_base_layer())]
 
 
 def _factors(wrapper: peft_layer.ParamWrapper) -> list[nn.Parameter]:
@@ -183,7 +179,7 @@ def _share_out_factors(wrapper: ParamWrapper, rank: int, ranks: int) -> None:
 
 def _leave_alone(model: nn.Module) -> None:
     """Has DDP neither broadcast nor reduce what differs from rank to rank, whichever of the modules it wraps."""
-    own = {id(p) for module in model.modules() if _is_shared_out(module) for p in module.parameters()}
+    own = {id(p) for module in model.modules() if is_shared_out(module) for p in module.parameters()}
     own |= {id(p) for wrapper in _wrappers(model) for p in _factors(wrapper)}
     for module in model.modules():
         names = [name for name, p in module.named_parameters() if id(p) in own]

@@ -18,6 +18,7 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as peft_layer
 from torch import nn
 
+from .exchange import is_shared_out
 from .experts import takes_adapters
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -58,7 +59,8 @@ class ParamWrapper(peft_layer.ParamWrapper):
     """Adapts one projection of an experts module. PEFT knows its wrappers by the name of this class.
 
     Raises:
-        ValueError: the config asks for what the experts cannot have; see :func:`check_config`.
+        ValueError: the config asks for what the experts cannot have, see :func:`check_config`; or an adapter comes when
+            the experts are shared out already.
     """
 
     def __init__(
@@ -70,6 +72,11 @@ class ParamWrapper(peft_layer.ParamWrapper):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         check_config(config)
+        if is_shared_out(self.get_base_layer()):
+            raise ValueError(
+                f"adapter {adapter_name!r} comes too late: the experts are shared out already, and their gradients and "
+                "files with them; add all adapters before share_out_experts"
+            )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=_without_dropout(config), **kwargs)
         self._set_dropout(adapter_name, config)
 

@@ -334,6 +334,9 @@ def misuse(source, checkpoint) -> None:
     with whole_adapters(model), pytest.raises(RuntimeError, match="within whole_adapters a model is saved"):
         model(input_ids=ids)
     model(input_ids=ids)
+    with pytest.raises(ValueError, match="adapter 'late' comes too late: the experts are shared out already"):
+        model.add_adapter("late", lora.config())
+    model(input_ids=ids)
     DistributedDataParallel(nn.ModuleList([model]))
     with pytest.raises(RuntimeError, match="overwritten after they were shared out, as DDP does"):
         model(input_ids=ids)
