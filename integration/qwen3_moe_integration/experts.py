@@ -68,6 +68,12 @@ def kernel_of(experts: nn.Module) -> Optional[ModuleType]:
     return kernel
 
 
+def kernel_in(model: nn.Module) -> Optional[ModuleType]:
+    """The kernel that experts of this model run on; None if none do."""
+    experts = (module for module in model.modules() if hasattr(type(module), "_apply_gate"))
+    return next((kernel for kernel in map(kernel_of, experts) if hasattr(kernel, "fused_experts")), None)
+
+
 def _gate_reason(experts: nn.Module) -> Optional[str]:
     """The one thing that only Transformers can tell: whether gate and up are joined as usual, ``act(gate) * up``."""
     if type(experts)._apply_gate is not _default_apply_gate:

@@ -3,21 +3,26 @@
 PEFT has bitsandbytes compute x W^T, copies that, multiplies the adapter's part by the scaling and adds it: three passes
 over (T, out) in forward, and in backward one over (T, out) and one over (T, in). Here a product adds as it writes:
 
-    out = x W^T (+ bias)      by bitsandbytes, as without an adapter
+    out = x W^T (+ bias)      as without an adapter
     low = x A^T               (T, r)
     out += scaling low B^T
 
-and in backward likewise: grad_x = grad W, and then grad_x += scaling (grad B) A.
+and in backward likewise: grad_x = grad W, and then grad_x += scaling (grad B) A. W is in 4 bit; see ``decoding`` for
+who decodes it.
 """
 
+import sys
+from types import ModuleType
 from typing import Any, NamedTuple, Optional
 
 import bitsandbytes
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import bnb as peft_bnb
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from .decoding import can_decode, product
+from .experts import kernel_in
 
 LOCAL = (Tensor, nn.Parameter, bitsandbytes.nn.Params4bit)
 """What is whole and on this device, unlike a DTensor."""
@@ -32,6 +37,9 @@ def enable_fused_linear_lora(model: nn.Module) -> nn.Module:
     bias that is trained, factors of another dtype than the input without autocast (PEFT makes them fp32 unless told
     otherwise), a ``compute_dtype`` of bitsandbytes that is not the input's, hooks within the layer, and
     ``torch.compile``, which reads PEFT's own.
+
+    If the model's experts run on the kernel by then, that decodes the layers' weights too, in one launch for
+    bitsandbytes' three and to the same bits. Call this again if they do so only later.
 
     Args:
         model: a model that PEFT has put adapters in.
@@ -48,9 +56,13 @@ def enable_fused_linear_lora(model: nn.Module) -> nn.Module:
             "model must have LoRA on linear layers in 4 bit, got a "
             f"{type(model).__name__} without; call this after get_peft_model"
         )
+    kernel = kernel_in(model)
+    decodes = hasattr(kernel, "dequantize")
     for layer in layers:
         if type(layer) is peft_bnb.Linear4bit:
             layer.__class__ = Linear4bit
+        if type(layer) is Linear4bit:
+            layer.kernel_name = kernel.__name__ if decodes and layer.in_features % 2 == 0 else None
     return model
 
 
@@ -65,11 +77,15 @@ class Lora(NamedTuple):
 class Linear4bit(peft_bnb.Linear4bit):
     """PEFT's layer, which it knows by this name, with another way to compute the plain case."""
 
+    kernel_name: Optional[str] = None
+    """Of the module that decodes the weight; bitsandbytes if None. A module itself could not be copied with a model."""
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         lora = None if args or kwargs else self._plain_lora(x)
         if lora is None:
             return super().forward(x, *args, **kwargs)
-        out = _AddLora.apply(x.reshape(-1, x.shape[-1]), lora.A, lora.B, self.base_layer, lora.scaling)
+        kernel = sys.modules.get(self.kernel_name) if can_decode(x.device) else None
+        out = _AddLora.apply(x.reshape(-1, x.shape[-1]), lora.A, lora.B, self.base_layer, lora.scaling, kernel)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def _plain_lora(self, x: Tensor) -> Optional[Lora]:
@@ -115,16 +131,17 @@ def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 class _AddLora(torch.autograd.Function):
-    """x (T, in), A (r, in) and B (out, r) of one dtype, the layer without its adapter, scaling: (T, out)."""
+    """x (T, in), A (r, in) and B (out, r) of one dtype, the layer without its adapter, scaling, kernel: (T, out)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, scaling: float) -> Tensor:
-        out = base(x)
+    def forward(
+        ctx, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, scaling: float, kernel: Optional[ModuleType]
+    ) -> Tensor:
+        out, decode = product(base, x, kernel)
         low = x @ A.t()
         out.addmm_(low, B.t(), alpha=scaling)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, low, A, B)
-        # The bytes of now: bitsandbytes may give the parameter others for inference.
-        ctx.packed, ctx.quant_state, ctx.scaling = base.weight.data, base.weight.quant_state, scaling
+        ctx.decode, ctx.scaling = decode, scaling
         return out
 
     @staticmethod
@@ -137,11 +154,11 @@ class _AddLora(torch.autograd.Function):
             if wants_x or wants_A:
                 grad_low = grad @ B
             if wants_x:
-                grad_x = grad @ dequantize_4bit(ctx.packed, ctx.quant_state).to(grad.dtype)
+                grad_x = grad @ ctx.decode().to(grad.dtype)
                 grad_x.addmm_(grad_low, A, alpha=ctx.scaling)
             # With beta=0 nothing is read of what there would be to add to: products that are scaled, then rounded.
             if wants_A:
                 grad_A = torch.addmm(A, grad_low.t(), x, beta=0, alpha=ctx.scaling)
             if wants_B:
                 grad_B = torch.addmm(B, grad.t(), low, beta=0, alpha=ctx.scaling)
-        return grad_x, grad_A, grad_B, None, None
+        return grad_x, grad_A, grad_B, None, None, None

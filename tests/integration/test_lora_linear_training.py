@@ -10,11 +10,13 @@ from torch import nn
 
 from qwen3_moe_integration import (
     MoeBitsAndBytesConfig,
+    decoding,
     enable_fused_linear_lora,
     enable_graphed_checkpointing,
     graphed,
     lora_linear,
 )
+from qwen3_moe_integration.experts import kernel_in
 from tests.integration import graphs
 from tests.integration.graphs import assert_same_steps, recordings
 from tests.integration.lora import config, with_adapters
@@ -78,6 +80,21 @@ def test_in_graphs_it_trains_as_when_checkpointed(in_graphs, stock, device, fuse
                 module.scaling["first"] *= 3
     assert_same_steps(*twins, [tokens(device=device) for _ in range(3)])
     assert recordings(twins[0]) == 2 * 2 and fused
+
+
+def test_in_graphs_the_kernel_decodes(in_graphs, stock, device, monkeypatch):
+    monkeypatch.setattr(lora_linear, "can_decode", lambda _: True)
+    monkeypatch.setattr(decoding, "is_decoded_whole", lambda *_: True)
+    kernel, shapes = kernel_in(stock), []
+    dequantize = kernel.dequantize
+    spy = lambda weight, *dtype: shapes.append(weight.shape) or dequantize(weight, *dtype)  # noqa: E731
+    monkeypatch.setattr(kernel, "dequantize", spy)
+    twins = graphed_and_checkpointed(stock)
+    assert_same_steps(*twins, [tokens(device=device) for _ in range(4)])
+    assert recordings(twins[0]) == 2
+    layers = [module for module in stock.modules() if isinstance(module, lora_linear.Linear4bit)]
+    assert {*shapes} == {(1, each.out_features, each.in_features) for each in layers}
+    assert len(shapes) >= 4 * 3 * len(layers), "forward, again and backward, of the model without graphs alone"
 
 
 def test_graphs_cast_factors_that_are_in_fp32(in_graphs, registered, device, tmp_path, fused):

@@ -83,3 +83,33 @@ def test_the_layer_runs_in_a_cuda_graph(kernel, tokens):
         out.zero_()
         graph.replay()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 4096, 2048), (1, 512, 2048), (2, 33, 70)], ids=str)
+def test_a_stack_is_decoded_in_one_launch_for_which_nobody_waits(kernel, shape):
+    weight = kernel.four_bit_weight(Quantization().quantize(torch.randn(shape, dtype=torch.bfloat16, device="cuda")))
+    kernel.dequantize(weight)  # compiles
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            kernel.dequantize(weight)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    assert [(event.key, event.count) for event in recorded.key_averages() if event.self_device_time_total] == [
+        ("_dequantize_kernel", 1)
+    ]
+
+
+def test_a_graph_decodes_what_is_packed_when_it_is_replayed(kernel):
+    stacks = torch.randn(2, 1, 512, 2048, dtype=torch.bfloat16, device="cuda")
+    weight, other = (kernel.four_bit_weight(Quantization().quantize(stack)) for stack in stacks)
+    kernel.dequantize(weight)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernel.dequantize(weight)
+    for tensor, new in zip(weight[:6], other[:6]):
+        tensor.copy_(new)
+    graph.replay()
+    assert torch.equal(out, kernel.dequantize(other))
