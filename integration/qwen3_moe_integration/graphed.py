@@ -32,7 +32,9 @@ _NONE = -1
 """In the place of the number of a form: a call that is not recorded."""
 
 
-def enable_graphed_checkpointing(model: nn.Module, variants: int = 4, keep: Collection[str] = ()) -> nn.Module:
+def enable_graphed_checkpointing(
+    model: nn.Module, variants: int = 4, keep: Collection[str] = (), offload: Collection[str] = ()
+) -> nn.Module:
     """Checkpoints every decoder layer of a model with CUDA graphs: less host time per step, the same numbers.
 
     Call it once the adapters are in place, instead of ``gradient_checkpointing_enable``. A Trainer must not enable
@@ -56,23 +58,28 @@ def enable_graphed_checkpointing(model: nn.Module, variants: int = 4, keep: Coll
             - "experts", what their backward reads, in layers of Qwen3-MoE on a kernel that has ``keeping``: for each of
               the top_k experts 4 bytes a column of its intermediate size, 2 a rank of its adapters, and an index: 24.5
               KiB for Qwen3-30B-A3B with adapters of rank 16.
+        offload: what of ``keep`` waits for backward in host memory, which is pinned, and is copied there and back while
+            other layers compute. For each form of call it takes the GPU's memory for two layers, not for all.
 
     Returns:
         ``model``, changed in place.
 
     Raises:
-        ValueError: ``model`` contains no Transformers model, ``variants`` is less than 1, or ``keep`` names something
-            else.
-        RuntimeError: in training, when a layer cannot be recorded, because it waits for the GPU, say.
+        ValueError: ``model`` contains no Transformers model, ``variants`` is less than 1, ``keep`` names something
+            else, or ``offload`` what is not kept.
+        RuntimeError: in training, when a layer cannot be recorded, because it waits for the GPU, say, or host memory
+            cannot be pinned.
     """
     if variants < 1:
         raise ValueError(f"variants must be at least 1, got {variants}")
     if not set(keep) <= set(KEEPABLE):
         raise ValueError(f"keep must hold names among {', '.join(KEEPABLE)}, got {keep!r}")
+    if not set(offload) <= set(keep):
+        raise ValueError(f"offload must hold names among those of keep, {keep!r}, got {offload!r}")
     base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if base is None:
         raise ValueError(f"model must be or contain a model of Transformers, got a {type(model).__name__}")
-    checkpointed = GraphedCheckpoint(variants, tuple(keep))
+    checkpointed = GraphedCheckpoint(variants, tuple(keep), tuple(offload))
     base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=checkpointed)
     return model
 
@@ -80,8 +87,8 @@ def enable_graphed_checkpointing(model: nn.Module, variants: int = 4, keep: Coll
 class GraphedCheckpoint:
     """What Transformers calls in place of ``torch.utils.checkpoint.checkpoint``."""
 
-    def __init__(self, variants: int, keep: tuple[str, ...]):
-        self.variants, self.keep = variants, keep
+    def __init__(self, variants: int, keep: tuple[str, ...], offload: tuple[str, ...]):
+        self.variants, self.keep, self.offload = variants, keep, offload
         self._known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
         self._devices: dict[torch.device, Device] = {}
 
@@ -158,7 +165,7 @@ class GraphedCheckpoint:
     def _warm_up(self, function: functools.partial, hidden_states: Tensor, *args: Any) -> Kept:
         """Compiles what forward runs without gradients, and makes memory for what it keeps; leaves no trace in random
         numbers."""
-        kept = Kept(function.func.__self__, self.keep)
+        kept = Kept(function.func.__self__, self.keep, self.offload)
         generators = [hidden_states.device] if hidden_states.is_cuda else []
         casts = casts_in_force(hidden_states.device.type)
         with torch.no_grad(), torch.random.fork_rng(generators), torch.autocast(**casts), kept.forward():

@@ -2,10 +2,11 @@
 
 It lies in memory that belongs to the one recording: forward's graph writes to it and backward's reads it, and nothing
 is copied on the way but attention's results, once. The memory of the graphs themselves would not do. All recordings
-share it, and one that was made earlier writes to what a later one has left there.
+share it, and one that was made earlier writes to what a later one has left there. What is offloaded (see ``offload``)
+moves to memory that recordings take in turn.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol
 
@@ -26,6 +27,10 @@ class Part(Protocol):
     tensors: tuple[Tensor, ...]
     """What is kept."""
 
+    def move(self, like: Callable[[Tensor], Tensor]) -> None:
+        """What is kept will lie in other memory: ``like`` gives it for each of ``tensors``, in their order. Nothing is
+        copied to it."""
+
     def forward(self) -> AbstractContextManager:
         """Around the first call, which makes memory for what it keeps; when it is repeated, it writes to the same."""
 
@@ -39,18 +44,30 @@ class Kept:
     Args:
         layer: a decoder layer.
         names: those of ``KEEPABLE`` that are kept, if the layer has them.
+        offload: those of ``names`` that move, if any do.
     """
 
-    def __init__(self, layer: nn.Module, names: Collection[str]):
-        self._parts: list[Part] = [KeptAttention()] if "attention" in names else []
+    def __init__(self, layer: nn.Module, names: Collection[str], offload: Collection[str] = ()):
+        parts: dict[str, Part] = {"attention": KeptAttention()} if "attention" in names else {}
         kernel = kernel_with_experts(layer)
         if kernel is not None:
             keeps = "experts" in names and hasattr(kernel, "keeping")
-            self._parts.append((KeptExperts if keeps else Experts)(kernel))
+            parts["experts"] = (KeptExperts if keeps else Experts)(kernel)
+        self._parts = list(parts.values())
+        self._offloaded = [part for name, part in parts.items() if name in offload]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(tensor for part in self._parts for tensor in part.tensors)
+        return _tensors(self._parts)
+
+    @property
+    def offloaded(self) -> tuple[Tensor, ...]:
+        """Those of ``tensors`` that ``move`` moves."""
+        return _tensors(self._offloaded)
+
+    def move(self, like: Callable[[Tensor], Tensor]) -> None:
+        for part in self._offloaded:
+            part.move(like)
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -65,3 +82,7 @@ class Kept:
             for part in self._parts:
                 stack.enter_context(part.recomputation())
             yield
+
+
+def _tensors(parts: list[Part]) -> tuple[Tensor, ...]:
+    return tuple(tensor for part in parts for tensor in part.tensors)

@@ -31,6 +31,9 @@ class KeptAttention:
         # Of the results that are no floats, such as the random seed, none is read without dropout.
         return tuple(x for _, results in self._kept for x in results if _is_float(x))
 
+    def move(self, like: Callable[[Tensor], Tensor]) -> None:
+        self._kept = [(op, tuple(like(x) if _is_float(x) else x for x in results)) for op, results in self._kept]
+
     @contextmanager
     def forward(self) -> Iterator[None]:
         places = iter(self._kept[:])

@@ -4,7 +4,7 @@ Sorting the tokens, the gate and up projections and the adapters are then done o
 Qwen3-MoE's layer ends by adding the experts' result, so no gradient reads it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Optional
@@ -28,6 +28,9 @@ class Experts:
     def __init__(self, kernel: ModuleType):
         self._kernel = kernel
 
+    def move(self, like: Callable[[Tensor], Tensor]) -> None:
+        pass
+
     def forward(self) -> AbstractContextManager:
         return nullcontext()
 
@@ -50,6 +53,9 @@ class KeptExperts(Experts):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(tensor for call in self._kept for tensor in call if tensor is not None)
+
+    def move(self, like: Callable[[Tensor], Tensor]) -> None:
+        self._kept = [tuple(None if tensor is None else like(tensor) for tensor in call) for call in self._kept]
 
     def forward(self) -> AbstractContextManager:
         return self._kernel.keeping(self._kept)

@@ -1,9 +1,11 @@
 """A layer's two passes as CUDA graphs: forward, and what checkpointing does in backward.
 
 All recordings on a device share their memory: what a layer reads and returns is copied in and out, and everything else
-is overwritten by the next layer. Only what forward keeps for backward (see ``kept``) is a recording's own.
+is overwritten by the next layer. Only what forward keeps for backward (see ``kept``) is a recording's own, on the
+device or, offloaded, on the host.
 """
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,25 +18,27 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from .kept import Kept
+from .offload import Claim, Offloaded, Places
 
 Tensor = torch.Tensor
 
 
 class Device:
     """What the recordings of one device share: a stream to record on, a pool of memory, buffers for what goes in and
-    out."""
+    out, places for what is offloaded."""
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
         self.generator = torch.cuda.default_generators[device.index]
-        self.buffers = Buffers()
+        self.buffers, self.places = Buffers(), Places(device)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """A function that does again on the device what ``work`` launches now."""
         graph = torch.cuda.CUDAGraph()
         # Other threads, which load data or watch a network, may go on.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        with _nothing_collected(), capture:
             work()
         return graph.replay
 
@@ -70,10 +74,10 @@ class Input:
     def __init__(self, buffer: Tensor):
         self.buffer = buffer
         self._tensor: Callable[[], Optional[Tensor]] = lambda: None
-        self._reader: Callable[[], Optional[_Claim]] = lambda: None
+        self._reader: Callable[[], Optional[Claim]] = lambda: None
         self._version = 0
 
-    def read(self, tensor: Tensor, claim: "_Claim") -> None:
+    def read(self, tensor: Tensor, claim: Claim) -> None:
         """For the call with this claim."""
         reader = self._reader()
         if reader is None or reader.over or self._tensor() is not tensor or self._version != tensor._version:
@@ -103,7 +107,8 @@ class Recording:
         device: Device,
     ):
         self.generator, self.kept, self.keeps = device.generator, kept, bool(kept.tensors)
-        self._claim: Callable[[], Optional[_Claim]] = lambda: None
+        self._offloaded = Offloaded(kept, device.places) if kept.offloaded else None
+        self._claim: Callable[[], Optional[Claim]] = lambda: None
         self.parameters = [parameter for parameter in layer.__self__.parameters() if parameter.requires_grad]
         self.state = device.buffers.like(hidden_states, "state")
         self.grad = device.buffers.like(hidden_states, "grad")
@@ -138,7 +143,7 @@ class Recording:
 
         try:
             # The one that takes more memory comes first: what it leaves in the pool then holds the other.
-            self.backward, self.forward = device.record(backward), device.record(forward)
+            self._backward, self._forward = device.record(backward), device.record(forward)
         except torch.OutOfMemoryError:
             raise  # by its own name, for those who lower something and go on
         except Exception as error:
@@ -147,10 +152,24 @@ class Recording:
                 f"the GPU; use model.gradient_checkpointing_enable() instead. {error}"
             ) from error
 
-    def read(self, hidden_states: Tensor, inputs: Iterable[Tensor], claim: "_Claim") -> None:
+    def read(self, hidden_states: Tensor, inputs: Iterable[Tensor], claim: Claim) -> None:
         self.state.copy_(hidden_states)
         for each, tensor in zip(self.inputs.values(), inputs):
             each.read(tensor, claim)
+
+    def forward(self, claim: Claim) -> None:
+        """Of the call with this claim, whose inputs have been read."""
+        if self._offloaded is not None:
+            self._offloaded.make_room()
+        self._forward()
+        if self._offloaded is not None:
+            self._offloaded.store(claim)
+
+    def backward(self, claim: Claim) -> None:
+        """Of the call with this claim, whose inputs have been read again."""
+        if self._offloaded is not None:
+            self._offloaded.fetch(claim)
+        self._backward()
 
     @property
     def awaits_backward(self) -> bool:
@@ -158,21 +177,15 @@ class Recording:
         claim = self._claim()
         return self.keeps and claim is not None and not claim.over
 
-    def claim(self) -> "_Claim":
+    def claim(self) -> Claim:
         """A call's, to what is kept from now on."""
-        claim = _Claim()
+        claim = Claim()
         self._claim = weakref.ref(claim)
         return claim
 
-    def holds(self, claim: "_Claim") -> bool:
+    def holds(self, claim: Claim) -> bool:
         """Whether what is kept is still that of the call with this claim."""
         return not self.keeps or self._claim() is claim
-
-
-class _Claim:
-    """Dies with the graph of its call, which results of the call may hold longer than until its backward is over."""
-
-    over = False
 
 
 def casts_in_force(kind: str) -> dict[str, Any]:
@@ -180,6 +193,18 @@ def casts_in_force(kind: str) -> dict[str, Any]:
     were when a graph was recorded."""
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return {"device_type": kind, "enabled": enabled, "dtype": dtype, "cache_enabled": False}
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """What dies may wait for the GPU, as what is offloaded does, and nothing may while a graph is recorded."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
@@ -215,7 +240,7 @@ class Replay(torch.autograd.Function):
         ctx.recording, ctx.claim, ctx.offset = recording, recording.claim(), recording.generator.get_offset()
         inputs = [values[i] for i in recording.inputs]
         recording.read(hidden_states, inputs, ctx.claim)
-        recording.forward()
+        recording.forward(ctx.claim)
         ctx.save_for_backward(hidden_states, *inputs)
         return recording.state.clone()
 
@@ -234,7 +259,7 @@ class Replay(torch.autograd.Function):
         # What forward dropped has to be dropped again.
         offset = generator.get_offset()
         generator.set_offset(ctx.offset)
-        recording.backward()
+        recording.backward(ctx.claim)
         generator.set_offset(offset)
         ctx.claim.over = True
         results = [recording.grad if ctx.needs_input_grad[2] else None]

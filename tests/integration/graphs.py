@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 
 from qwen3_moe_integration import graphed, recording
+from qwen3_moe_integration.offload import Places
 
 
 class Redone:
@@ -16,7 +17,7 @@ class Redone:
 
     def __init__(self, device: torch.device):
         self.generator = self
-        self.buffers = recording.Buffers()
+        self.buffers, self.places = recording.Buffers(), Places(device)
         self.recorded = self.offset = 0
         self.offsets: list[int] = []
         made.append(self)

@@ -1,0 +1,325 @@
+"""What graphs keep and offload: the same numbers as kept on the device, whose memory it takes for two layers alone, and
+no copy that is not needed."""
+
+import copy
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qwen3_moe_integration import enable_graphed_checkpointing, graphed
+from qwen3_moe_integration.kept import KEEPABLE
+from qwen3_moe_integration.offload import Offloaded, Places
+from tests.integration import graphs
+from tests.integration.graphs import assert_same_steps, checkpoint_of, kept, layers, recordings, trainable
+from tests.integration.lora import config, pair
+from tests.integration.models import QWEN3, Tiny, tokens
+
+OFFLOADED = [("attention",), ("experts",), KEEPABLE]
+
+
+device = graphs.device
+
+
+def in_graphs(model: nn.Module, offload=KEEPABLE) -> nn.Module:
+    return enable_graphed_checkpointing(model, keep=KEEPABLE, offload=offload)
+
+
+def model_of(source, device: str, count: int = 4, **sizes: Any) -> nn.Module:
+    """With ``count`` layers, and adapters in all of them."""
+    model = pair(source, config(), tiny=Tiny("qwen3_moe", {"num_hidden_layers": count, **sizes}))[0]
+    return model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+
+
+def twins_of(source, device: str, count: int = 4, offload=KEEPABLE, **sizes: Any) -> tuple[nn.Module, nn.Module]:
+    """Two models with the same weights and adapters, that keep the same: offloaded, and on the device."""
+    model = model_of(source, device, count, **sizes)
+    other = copy.deepcopy(model)
+    return in_graphs(model, offload), in_graphs(other, ())
+
+
+def places_of(model: nn.Module) -> Places:
+    (device,) = checkpoint_of(layers(model)[0])._devices.values()
+    return device.places
+
+
+def offloaded_of(model: nn.Module) -> list[Offloaded]:
+    known = checkpoint_of(layers(model)[0])._known.values()
+    return [v.recording._offloaded for each in known for v in each.variants if v.recording]
+
+
+def forget_places(model: nn.Module) -> None:
+    """As if others had their data there: what is read now can only come from the host."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    for pair_of in places_of(model)._places.values():
+        for place in pair_of:
+            place.memory.zero_()
+            place.holder = lambda: None
+
+
+def assert_same_gradients(models: tuple[nn.Module, nn.Module], run: Callable[[nn.Module], None]) -> None:
+    """After ``run`` of each."""
+    for model in models:
+        model.zero_grad()
+        run(model)
+    for (name, parameter), (_, other) in zip(*map(trainable, models)):
+        assert torch.equal(parameter.grad, other.grad) and parameter.grad.abs().sum() > 0, name
+
+
+def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=batch, labels=batch).loss
+
+
+@pytest.fixture
+def copied(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """To and from where, since it was last cleared."""
+    copies, copy_now = [], Places.copy
+    monkeypatch.setattr(Places, "copy", lambda self, *pair: copies.append(pair) or copy_now(self, *pair))
+    return copies
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("offload", OFFLOADED)
+def test_training_equals_what_is_kept_on_the_device(source, device, offload, count):
+    models = twins_of(source, device, count, offload)
+    assert_same_steps(*models, [tokens(device=device) for _ in range(5)])
+    assert recordings(models[0]) == recordings(models[1]) == count
+    assert all(offloaded_of(models[0])) and not any(offloaded_of(models[1]))
+
+
+def test_under_autocast(source, device):
+    model = pair(source, config())[0].to(device)
+    models = in_graphs(model), in_graphs(copy.deepcopy(model), ())
+    assert_same_steps(*models, [tokens(device=device) for _ in range(4)], autocast=torch.bfloat16)
+
+
+def test_dropout_of_the_experts_adapters_is_that_of_forward(source, device):
+    model = pair(source, config(target_modules=[], lora_dropout=0.4), tiny=Tiny("qwen3_moe", {"num_hidden_layers": 4}))
+    models = in_graphs(model[0].to(device)), in_graphs(copy.deepcopy(model[0]).to(device), ())
+    assert_same_steps(*models, [tokens(device=device) for _ in range(5)])
+
+
+def test_more_layers_take_no_more_of_the_device_and_more_of_the_host(source, device):
+    on_device, on_host = {}, {}
+    for count in (2, 3, 5):
+        model = in_graphs(model_of(source, device, count))
+        for _ in range(2):
+            loss(model, tokens(device=device)).backward()
+        tensors = [x for each in kept(model) for x in each]
+        on_device[count] = sum({x.data_ptr(): x.nbytes for x in tensors}.values())
+        assert len({x.untyped_storage().data_ptr() for x in tensors}) == 2, "places"
+        on_host[count] = [each._host.nbytes for each in offloaded_of(model)]
+        a_layer = sum(x.nbytes for x in kept(model)[0])
+        assert a_layer <= on_host[count][0] == places_of(model).turn(on_host[count][0]).memory.nbytes
+        assert on_host[count][0] < a_layer + 512 * len(kept(model)[0])
+    assert on_device[5] == on_device[3] == on_device[2]
+    assert on_host[5] == on_host[2][:1] * 5
+
+
+def test_what_the_last_two_layers_keep_is_not_fetched(source, device, copied):
+    model = in_graphs(model_of(source, device, 4))
+    for _ in range(4):
+        copied.clear()
+        loss(model, tokens(device=device)).backward()
+    hosts = [each._host for each in offloaded_of(model)]
+    first, second = places_of(model)._places[hosts[0].nbytes]
+    stored = [(hosts[0], first), (hosts[1], second), (hosts[2], first), (hosts[3], second)]
+    fetched = [(second, hosts[1]), (first, hosts[0])]
+    wanted = [(to, place.memory) for to, place in stored] + [(place.memory, source) for place, source in fetched]
+    assert [(id(to), id(source)) for to, source in copied] == [(id(to), id(source)) for to, source in wanted]
+
+
+def test_each_layer_is_fetched_before_the_one_after_it_runs(source, monkeypatch):
+    """So that the copy and that layer's backward can run at once."""
+    graphs.stand_in(monkeypatch.setattr)
+    model, order = in_graphs(model_of(source, "cpu", 4)), []
+    for _ in range(2):
+        loss(model, tokens()).backward()
+
+    def note(what: Any, name: str, line: str) -> None:
+        method = getattr(what, name)
+        monkeypatch.setattr(what, name, lambda *args: order.append(line) or method(*args))
+
+    for number, each in enumerate(checkpoint_of(layers(model)[0])._known.values()):
+        note(each.variants[0].recording, "_backward", f"run {number}")
+        note(each.variants[0].recording._offloaded, "_fill", f"fill {number}")
+    loss(model, tokens()).backward()
+    wanted = ["fill 3", "fill 2", "run 3", "fill 2", "fill 1", "run 2", "fill 1", "fill 0", "run 1", "fill 0", "run 0"]
+    assert order == wanted
+
+
+@pytest.mark.parametrize("offload", OFFLOADED)
+def test_what_backward_reads_comes_from_the_host(source, device, offload):
+    models = twins_of(source, device, 3, offload)
+    assert_same_steps(*models, [tokens(device=device) for _ in range(2)])
+    batch = tokens(device=device)
+
+    def step(model: nn.Module) -> None:
+        result = loss(model, batch)
+        if model is models[0]:
+            forget_places(model)
+        result.backward()
+
+    assert_same_gradients(models, step)
+
+
+def test_what_is_on_the_host_is_what_backward_reads(source, device):
+    """Or the test before this one would prove nothing."""
+    models = twins_of(source, device, 3)
+    assert_same_steps(*models, [tokens(device=device) for _ in range(2)])
+    result = loss(models[0], tokens(device=device))
+    forget_places(models[0])
+    for each in offloaded_of(models[0]):
+        each._host.zero_()
+    result.backward()
+    grads = [parameter.grad for name, parameter in trainable(models[0]) if "layers.0" in name and "experts" in name]
+    assert grads and any(not grad.any() for grad in grads)
+
+
+def test_gradients_add_up_and_evaluation_may_come_between(source, device):
+    models, batches = twins_of(source, device), [tokens(device=device) for _ in range(6)]
+
+    def run(model: nn.Module) -> None:
+        for batch in batches:
+            loss(model, batch).backward()
+            with torch.no_grad():
+                loss(model, batch)
+            loss(model, batch)  # nobody goes back from this one
+
+    assert_same_gradients(models, run)
+
+
+def test_forms_of_calls_may_alternate(source, device):
+    models = twins_of(source, device)
+    assert_same_steps(*models, [tokens(length=length, device=device) for length in (13, 7, 13, 7, 7, 13, 13, 7)])
+    assert recordings(models[0]) == 2 * 4
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("shapes", [((2, 13), (2, 7)), ((2, 6), (3, 4))], ids=["other sizes", "the same size"])
+def test_two_forms_may_wait_for_backward_at_once(source, device, order, shapes):
+    models = twins_of(source, device)
+    batches = [tokens(*shape, device=device) for shape in shapes]
+    assert_same_steps(*models, batches * 2)
+
+    def run(model: nn.Module) -> None:
+        losses = [loss(model, batch) for batch in batches]
+        for at in order:
+            losses[at].backward()
+
+    for _ in range(2):
+        assert_same_gradients(models, run)
+    assert recordings(models[0]) == 2 * 4
+
+
+def test_backward_twice_is_right_or_refused(source, device):
+    models, batch = twins_of(source, device), tokens(device=device)
+    assert_same_steps(*models, [tokens(device=device) for _ in range(2)])
+
+    def run(model: nn.Module) -> None:
+        result = loss(model, batch)
+        for _ in range(3):
+            result.backward(retain_graph=True)
+
+    assert_same_gradients(models, run)
+    first = loss(models[0], batch)
+    first.backward(retain_graph=True)
+    loss(models[0], batch).backward()
+    with pytest.raises(RuntimeError, match=r"a second time \(retain_graph=True\) after another forward"):
+        first.backward()
+    for model in models:
+        model.zero_grad()
+    assert_same_steps(*models, [tokens(device=device) for _ in range(2)])
+
+
+def test_a_backward_that_stops_half_way_leaves_nothing_behind(source, device):
+    models, batch = twins_of(source, device), tokens(device=device)
+    assert_same_steps(*models, [tokens(device=device) for _ in range(2)])
+
+    def run(model: nn.Module) -> None:
+        last = [parameter for name, parameter in trainable(model) if "layers.3" in name]
+        torch.autograd.grad(loss(model, batch), last)
+        loss(model, batch).backward()
+
+    assert_same_gradients(models, run)
+
+
+def test_two_models_may_train_in_turn(source, device):
+    models, others = twins_of(source, device), twins_of(source, device, 3)
+    for _ in range(4):
+        for each in (models, others):
+            assert_same_steps(*each, [tokens(device=device)])
+    batch = tokens(device=device)
+    losses = [loss(pair_of[0], batch) + loss(pair_of[1], batch) for pair_of in zip(models, others)]
+    for each in losses:
+        each.backward()
+    for (name, parameter), (_, other) in zip(*map(trainable, models)):
+        assert torch.equal(parameter.grad, other.grad), name
+
+
+def test_a_layer_without_experts_on_the_kernel_offloads_what_it_has(source, device):
+    stock = pair(source, config(target_parameters=None))[1].to(device)
+    for offload, offloads in ((KEEPABLE, True), (["experts"], False)):
+        model, other = copy.deepcopy(stock), copy.deepcopy(stock)
+        assert_same_steps(in_graphs(model, offload), in_graphs(other, ()), [tokens(device=device) for _ in range(4)])
+        assert [each is not None for each in offloaded_of(model)] == [offloads] * 2
+
+
+def test_what_is_not_kept_cannot_be_offloaded():
+    with pytest.raises(ValueError, match=r"offload must hold names among those of keep, \['attention'\], got \['exp"):
+        enable_graphed_checkpointing(QWEN3.build(), keep=["attention"], offload=["experts"])
+
+
+WIDE = {
+    "hidden_size": 256, "moe_intermediate_size": 512, "num_experts_per_tok": 8, "head_dim": 64,
+    "initializer_range": 0.02,
+}  # fmt: skip
+"""Copies of what these layers keep, 130 MiB for 8192 tokens, take longer than the layers."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("again", range(3))
+def test_copies_that_take_longer_than_layers_are_waited_for(source, again):
+    graphed._warn_once.cache_clear()
+    models = twins_of(source, "cuda", 6, **WIDE)
+    assert_same_steps(*models, [tokens(128, 64, device="cuda") for _ in range(10)])
+    batches = [tokens(128, 64, device="cuda") for _ in range(4)]
+
+    def accumulate(model: nn.Module) -> None:
+        for batch in batches:  # nothing waits for the GPU in here
+            loss(model, batch).backward()
+
+    assert_same_gradients(models, accumulate)
+    assert recordings(models[0]) == recordings(models[1]) == 6
+
+
+@pytest.mark.gpu
+def test_the_device_has_as_much_memory_more_as_all_layers_but_two_keep(source):
+    taken, batch, count, first = {}, tokens(32, 128, device="cuda"), 6, model_of(source, "cuda", 6, **WIDE)
+    for offload in (KEEPABLE, (), KEEPABLE):  # once more, for the first time libraries take memory of their own
+        model = in_graphs(copy.deepcopy(first), offload)
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            loss(model, batch).backward()
+            model.zero_grad()
+        taken[offload] = torch.cuda.memory_allocated() - before
+        a_layer = sum(x.nbytes for x in kept(model)[0])
+        del model
+    assert taken[()] - taken[KEEPABLE] == pytest.approx((count - 2) * a_layer, rel=0.1)
+
+
+@pytest.mark.gpu
+def test_host_memory_is_pinned_for_as_long_as_the_model_is_there(source):
+    model = in_graphs(model_of(source, "cuda", 3))
+    for _ in range(2):
+        loss(model, tokens(device="cuda")).backward()
+    hosts = [each._host for each in offloaded_of(model)]
+    assert all(host.is_pinned() for host in hosts)
+    del model
+    gc.collect()
+    assert not any(host.is_pinned() for host in hosts)
