@@ -118,6 +118,7 @@ class Recording:
         read = [self.inputs[i].buffer if i in self.inputs else value for i, value in enumerate(values)]
         args, keywords = pytree.tree_unflatten(read, tree)
         kind, casts = hidden_states.device.type, casts_in_force(hidden_states.device.type)
+        wants_grad = hidden_states.requires_grad  # hidden_states itself would hold the layers before
 
         def run(state: Tensor) -> Tensor:
             with torch.autocast(**casts):
@@ -128,7 +129,7 @@ class Recording:
                 self.state.copy_(run(self.state))
 
         def backward() -> None:
-            state = self.state.detach().requires_grad_(hidden_states.requires_grad)
+            state = self.state.detach().requires_grad_(wants_grad)
             with torch.enable_grad(), _fresh(layer.__self__, self.parameters) as leaves:
                 with kept.recomputation():
                     # Of the result only where it came from: nothing reads it, and its memory serves backward.

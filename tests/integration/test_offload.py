@@ -75,6 +75,12 @@ def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture
+def none_is_checkpointed_as_usual(recwarn):
+    yield
+    assert not [each for each in recwarn if "without CUDA graphs" in str(each.message)]
+
+
+@pytest.fixture
 def copied(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """To and from where, since it was last cleared."""
     copies, copy_now = [], Places.copy
@@ -180,6 +186,7 @@ def test_what_is_on_the_host_is_what_backward_reads(source, device):
     assert grads and any(not grad.any() for grad in grads)
 
 
+@pytest.mark.usefixtures("none_is_checkpointed_as_usual")
 def test_gradients_add_up_and_evaluation_may_come_between(source, device):
     models, batches = twins_of(source, device), [tokens(device=device) for _ in range(6)]
 
@@ -193,12 +200,14 @@ def test_gradients_add_up_and_evaluation_may_come_between(source, device):
     assert_same_gradients(models, run)
 
 
+@pytest.mark.usefixtures("none_is_checkpointed_as_usual")
 def test_forms_of_calls_may_alternate(source, device):
     models = twins_of(source, device)
     assert_same_steps(*models, [tokens(length=length, device=device) for length in (13, 7, 13, 7, 7, 13, 13, 7)])
     assert recordings(models[0]) == 2 * 4
 
 
+@pytest.mark.usefixtures("none_is_checkpointed_as_usual")
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("shapes", [((2, 13), (2, 7)), ((2, 6), (3, 4))], ids=["other sizes", "the same size"])
 def test_two_forms_may_wait_for_backward_at_once(source, device, order, shapes):
