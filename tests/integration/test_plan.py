@@ -77,7 +77,8 @@ def test_a_4_bit_30b_leaves_room_on_a_24_gib_card_and_a_16_bit_one_does_not():
 @pytest.mark.parametrize(
     "change", [dict(expert_rank=64), dict(optimizer_bits=32), dict(checkpointing=False), dict(chunked_loss=False),
                dict(batch_size=4), dict(liger=False), dict(graphs=True),
-               dict(graphs=True, keep=("attention", "experts"))],
+               dict(graphs=True, keep=("attention", "experts")),
+               dict(graphs=True, keep=("attention", "experts"), offload=("experts",))],
 )  # fmt: skip
 def test_the_longest_sequence_is_the_longest_and_shrinks_as_a_step_takes_more(change):
     made, memory = model(**PUBLISHED), 5 * GIB
@@ -195,12 +196,25 @@ def test_what_graphs_keep_is_counted_for_each_layer_and_not_in_the_graphs(keep):
     assert keeps.peak - without.peak == (4 - 1) * sum(a_layer[name] for name in keep)
 
 
+@pytest.mark.parametrize("offload", [("attention",), ("experts",), ("attention", "experts")])
+def test_of_what_is_offloaded_two_layers_have_the_gpu_s_memory_and_all_the_host_s(offload):
+    step = Step(4096, graphs=True, keep=("attention", "experts"))
+    for layers in (1, 2, 3, 8):
+        made = model(**PUBLISHED | dict(num_hidden_layers=layers))
+        kept, offloads = (make_plan(made, replace(step, offload=each), GIB) for each in ((), offload))
+        freed = sum(kept.parts[f"kept {name}"] for name in offload) * (1 - min(2, layers) / layers)
+        assert kept.peak - offloads.peak == pytest.approx(freed)
+        assert offloads.host == sum(kept.parts[f"kept {name}"] for name in offload) and kept.host == 0
+        assert "host, pinned" in str(offloads) and "host" not in str(kept)
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
         (Step(seq_len=0), "seq_len must be at least 1, got 0"),
         (Step(keep=("experts",)), "keep is for layers in CUDA graphs"),
         (Step(keep=("routers",), graphs=True), r"keep must hold names among attention, experts, got \('routers',\)"),
+        (Step(keep=("attention",), offload=("experts",), graphs=True), r"among those of keep, \('attention',\), got"),
         (Step(expert_rank=-1), "expert_rank must not be negative"),
     ],
 )
@@ -228,6 +242,10 @@ def test_the_command_reads_the_config_alone(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "does not fit" in out and "No sequence fits" in out
     assert main([*command, "--graphs", "--keep", "attention", "experts"]) == 0
-    assert "kept attention" in (out := capsys.readouterr().out) and "kept experts" in out
+    assert "kept attention" in (out := capsys.readouterr().out) and "kept experts" in out and "host" not in out
+    assert main([*command, "--graphs", "--keep", "attention", "experts", "--offload", "experts"]) == 0
+    assert "host, pinned" in capsys.readouterr().out
+    assert main([*command, "--offload", "experts"]) == 1
+    assert "offload must hold names among those of keep" in capsys.readouterr().err
     assert main([*command, "--seq-len", "0"]) == 1
     assert capsys.readouterr().err == "error: seq_len must be at least 1, got 0\n"

@@ -12,7 +12,7 @@ The peak is the largest of three moments: the loss, with everything kept and no 
 last, with nothing kept but all gradients. Between those two, what is kept shrinks as evenly as gradients grow. Layers
 in CUDA graphs have memory of their own, which nothing else may use, so it counts in all three; PyTorch reports it as
 reserved, not as allocated. What goes in and comes out of the graphs has a place of its own, and so has, for each layer,
-what they are asked to keep from forward to backward.
+what they are asked to keep from forward to backward; of what is offloaded to the host, two layers have.
 """
 
 from dataclasses import dataclass, replace
@@ -54,6 +54,7 @@ class Step:
     graphs: whether decoder layers run in CUDA graphs; the peak is then of what is reserved.
     keep: what graphs keep from forward to backward: "attention", "experts" or both; experts are counted for any model,
         though only layers of Qwen3-MoE keep them.
+    offload: what of that waits in host memory.
     byte_permutes: whether the card is an NVIDIA one from sm_80 on, which decodes 4-bit weights in registers.
     """
 
@@ -69,6 +70,7 @@ class Step:
     liger: bool = True
     graphs: bool = False
     keep: tuple[str, ...] = ()
+    offload: tuple[str, ...] = ()
     byte_permutes: bool = True
 
     @property
@@ -165,11 +167,21 @@ def estimate(model: Shapes, step: Step) -> dict[str, float]:
         "optimizer": sum(optimizer_bytes(n, step) for n in sizes),
         "gradients": worst.gradients,
         "activations": worst.activations,
-        **{f"kept {name}": model.layers * KEPT_BYTES[name](model, step) for name in step.keep},
+        **{f"kept {name}": _layers_on_gpu(model, step, name) * KEPT_BYTES[name](model, step) for name in step.keep},
         "loss": worst.loss,
         "kernels' scratch": WORKSPACES + worst.scratch,
         "CUDA context": CONTEXT,
     }
+
+
+def host_bytes(model: Shapes, step: Step) -> float:
+    """Pinned memory of the host, for what is offloaded."""
+    return model.layers * sum(KEPT_BYTES[name](model, step) for name in step.offload)
+
+
+def _layers_on_gpu(model: Shapes, step: Step, name: str) -> int:
+    """Of how many layers the GPU has what is kept by this name."""
+    return min(2, model.layers) if name in step.offload else model.layers
 
 
 def moments(model: Shapes, step: Step, adapters: float) -> list[Moment]:
