@@ -23,7 +23,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from kernelized import DEVICE, load_model
-from memory import collate_for_liger, plan_for, training_arguments
+from memory import collate_for_liger, host_has, plan_for, training_arguments
 from peft import LoraConfig, get_peft_model
 from plots import Clock, plot_losses, plot_throughput
 from tiny_checkpoint import small_model, texts
@@ -75,6 +75,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         choices=KEEPABLE,
         help="what graphs keep for backward: memory for time; default: for a model of yours, what fits",
     )
+    parser.add_argument(
+        "--offload",
+        nargs="*",
+        choices=KEEPABLE,
+        default=[],
+        help="what of --keep waits in host memory; default: with --keep's, experts that fit only so",
+    )
     parser.add_argument("--gpu-memory", type=float, help="GiB that the run may take (default: what the GPU has)")
     parser.add_argument("--report-to", default="none", help="a tracker that the Trainer knows, such as tensorboard")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
@@ -91,6 +98,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--graphs is a kind of gradient checkpointing; add --gradient-checkpointing")
     if options.keep and not options.graphs:
         parser.error("--keep is for layers in CUDA graphs; add --graphs")
+    if not set(options.offload) <= set(options.keep or ()):
+        parser.error("--offload is for what graphs keep; name it in --keep too")
     return options
 
 
@@ -266,9 +275,13 @@ def check(options: argparse.Namespace) -> Plan | None:
 
 def what_fits(options: argparse.Namespace) -> str:
     """Which option makes a run fit, keeping as much as may be; empty if none does."""
-    less = {"--keep and nothing after it": {"keep": ()}, "--no-graphs": {"graphs": False, "keep": ()}}
+    nothing = {"keep": (), "offload": ()}
+    less = {"--keep and nothing after it": nothing, "--no-graphs": {"graphs": False, **nothing}}
+    if options.keep:
+        less = {f"--offload {' '.join(options.keep)}": {"offload": options.keep}} | less
     for option, change in less.items() if options.graphs else ():
-        if plan_for(argparse.Namespace(**vars(options) | change)).fits:
+        plan = plan_for(argparse.Namespace(**vars(options) | change))
+        if plan.fits and host_has(plan.host):
             return f" It fits with {option}."
     return ""
 
@@ -286,9 +299,9 @@ def train(options: argparse.Namespace) -> Trainer:
     model = load_base(options, checkpoint)
     if not is_whole(options):
         model = with_adapter(model, options)
-    keep = plan.step.keep if plan else options.keep or ()
+    keep, offload = (plan.step.keep, plan.step.offload) if plan else (options.keep or (), options.offload)
     if options.graphs:
-        enable_graphed_checkpointing(model, keep=keep)
+        enable_graphed_checkpointing(model, keep=keep, offload=offload)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(f"Training {trained / 1e6:.2f} M parameters.")
     tokenizer = AutoTokenizer.from_pretrained(options.model or small_model(options.output))
@@ -303,6 +316,9 @@ def train(options: argparse.Namespace) -> Trainer:
         longest = f" The longest sequence that should have fit: {plan.longest} tokens." if plan else ""
         graphs = " --no-graphs takes less, too." if options.graphs else ""
         graphs = " --keep and nothing after it takes less, --no-graphs less still." if keep else graphs
+        if set(keep) - set(offload):
+            kept = " ".join(keep)
+            graphs = f" --keep {kept} --offload {kept} takes less of the GPU, and of the host instead.{graphs}"
         raise SystemExit(
             f"{error}\nOut of memory: lower --seq-len, --batch-size or --expert-rank, then --resume.{longest}{graphs}"
         ) from error

@@ -2,8 +2,10 @@
 
 import argparse
 import importlib.util
+import os
 from dataclasses import replace
 
+import psutil
 import torch
 from kernelized import DEVICE
 from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator
@@ -23,7 +25,8 @@ in a step; in chunks 16 times as large it is as fast as a single product."""
 def plan_for(options: argparse.Namespace) -> Plan:
     """What a step of LoRA takes, from the model's config alone, beside what the card has.
 
-    Graphs keep what is sure to fit, attention before experts, unless ``options`` say what they do.
+    Graphs keep what is sure to fit, attention before experts, unless ``options`` say what they do. Experts that do not
+    fit are offloaded, if they do then, and the host has memory for them.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model), dtype=torch.bfloat16)
@@ -36,6 +39,7 @@ def plan_for(options: argparse.Namespace) -> Plan:
         checkpointing=options.gradient_checkpointing,
         graphs=options.graphs,
         keep=tuple(options.keep or ()),
+        offload=tuple(options.offload),
         chunked_loss=LIGER or options.trainer == "sft",
         liger=LIGER and options.trainer != "sft",
         byte_permutes=torch.version.hip is None and (DEVICE == "cpu" or torch.cuda.get_device_capability() >= (8, 0)),
@@ -43,10 +47,17 @@ def plan_for(options: argparse.Namespace) -> Plan:
     memory = options.gpu_memory * GIB if options.gpu_memory else torch.cuda.get_device_properties(0).total_memory
     plan = make_plan(model, step, memory)
     if options.graphs and options.keep is None:
-        for name in KEEPABLE:
-            keeps = make_plan(model, replace(step, keep=(*plan.step.keep, name)), memory)
-            plan = keeps if keeps.peak * (1 + OFF_BY) <= memory else plan
+        for name, offload in [*((name, ()) for name in KEEPABLE), ("experts", ("experts",))]:
+            if name not in plan.step.keep:
+                keeps = make_plan(model, replace(step, keep=(*plan.step.keep, name), offload=offload), memory)
+                plan = keeps if keeps.peak * (1 + OFF_BY) <= memory and host_has(keeps.host) else plan
     return plan
+
+
+def host_has(size: float) -> bool:
+    """Whether ``size`` bytes a process are at most half of the memory that nothing uses on this host."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun and accelerate
+    return size * processes <= psutil.virtual_memory().available / 2
 
 
 def training_arguments() -> dict:
