@@ -103,7 +103,6 @@ class Offloaded:
             size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         self.places, self.place = places, places.turn(size)
         self._host = self._pinned(size) if self.place.memory.is_cuda else torch.empty_like(self.place.memory)
-        self._holder: Callable[[], Optional[Claim]] = lambda: None
         left = iter(starts)
         kept.move(lambda tensor: _like(tensor, self.place.memory[next(left) :]))
 
@@ -114,7 +113,7 @@ class Offloaded:
     def store(self, claim: Claim) -> None:
         """After forward's graph, for the call with this claim."""
         claim.offloaded, claim.before = self, self.places.last
-        self._holder = self.place.holder = self.places.last = weakref.ref(claim)
+        self.place.holder = self.places.last = weakref.ref(claim)
         self.place.written, self.place.left = self.places.copy(self._host, self.place.memory)
 
     def fetch(self, claim: Claim) -> None:
@@ -123,13 +122,14 @@ class Offloaded:
         self._fill(claim)
         self.places.wait(self.place.written)
         before = claim.before()
+        # While its backward is to come, its recording serves no other call.
         if before is not None and not before.over and before.offloaded.place is not self.place:
             before.offloaded._fill(before)
 
     def _fill(self, claim: Claim) -> None:
-        """Has the data of ``claim`` in the place, unless they are, or those of a later call are on the host."""
-        if self.place.holder() is not claim and self._holder() is claim:
-            self.place.holder = self._holder
+        """Has the data of ``claim``, which are on the host, in the place too."""
+        if self.place.holder() is not claim:
+            self.place.holder = weakref.ref(claim)
             _, filled = self.places.copy(self.place.memory, self._host)
             self.place.written = self.place.left = filled
 

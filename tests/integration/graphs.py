@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import nn
 
 from qwen3_moe_integration import graphed, recording
-from qwen3_moe_integration.offload import Places
+from qwen3_moe_integration.offload import Claim, Offloaded, Places
 
 
 class Redone:
@@ -52,6 +52,19 @@ def stand_in(setattr: Callable[[Any, str, Any], None] = setattr) -> None:
     made.clear()
     setattr(graphed, "Device", Redone)
     setattr(graphed, "_can_record", lambda device: True)
+
+
+def empty_places(setattr: Callable[[Any, str, Any], None] = setattr) -> None:
+    """What is offloaded is gone from its place once it was copied: what backward reads can only come from the host."""
+    store = Offloaded.store
+
+    def store_and_forget(self, claim: Claim) -> None:
+        store(self, claim)
+        self.places.wait(self.place.left)
+        self.place.memory.zero_()
+        self.place.holder = lambda: None
+
+    setattr(Offloaded, "store", store_and_forget)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

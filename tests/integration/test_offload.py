@@ -51,16 +51,6 @@ def offloaded_of(model: nn.Module) -> list[Offloaded]:
     return [v.recording._offloaded for each in known for v in each.variants if v.recording]
 
 
-def forget_places(model: nn.Module) -> None:
-    """As if others had their data there: what is read now can only come from the host."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    for pair_of in places_of(model)._places.values():
-        for place in pair_of:
-            place.memory.zero_()
-            place.holder = lambda: None
-
-
 def assert_same_gradients(models: tuple[nn.Module, nn.Module], run: Callable[[nn.Module], None]) -> None:
     """After ``run`` of each."""
     for model in models:
@@ -126,11 +116,12 @@ def test_more_layers_take_no_more_of_the_device_and_more_of_the_host(source, dev
     assert on_host[5] == on_host[2][:1] * 5
 
 
-def test_what_the_last_two_layers_keep_is_not_fetched(source, device, copied):
-    model = in_graphs(model_of(source, device, 4))
+def test_what_the_last_two_layers_keep_is_not_fetched_nor_what_is_over(source, device, copied):
+    model, held = in_graphs(model_of(source, device, 4)), []
     for _ in range(4):
         copied.clear()
-        loss(model, tokens(device=device)).backward()
+        held.append(loss(model, tokens(device=device)))  # or what is over would be gone
+        held[-1].backward()
     hosts = [each._host for each in offloaded_of(model)]
     first, second = places_of(model)._places[hosts[0].nbytes]
     stored = [(hosts[0], first), (hosts[1], second), (hosts[2], first), (hosts[3], second)]
@@ -159,31 +150,30 @@ def test_each_layer_is_fetched_before_the_one_after_it_runs(source, monkeypatch)
 
 
 @pytest.mark.parametrize("offload", OFFLOADED)
-def test_what_backward_reads_comes_from_the_host(source, device, offload):
+def test_what_backward_reads_may_come_from_the_host_alone(source, device, offload, monkeypatch):
+    graphs.empty_places(monkeypatch.setattr)
     models = twins_of(source, device, 3, offload)
-    assert_same_steps(*models, [tokens(device=device) for _ in range(2)])
-    batch = tokens(device=device)
-
-    def step(model: nn.Module) -> None:
-        result = loss(model, batch)
-        if model is models[0]:
-            forget_places(model)
-        result.backward()
-
-    assert_same_gradients(models, step)
+    assert_same_steps(*models, [tokens(device=device) for _ in range(4)])
 
 
-def test_what_is_on_the_host_is_what_backward_reads(source, device):
+def test_what_is_on_the_host_is_what_backward_reads(source, device, monkeypatch):
     """Or the test before this one would prove nothing."""
-    models = twins_of(source, device, 3)
-    assert_same_steps(*models, [tokens(device=device) for _ in range(2)])
-    result = loss(models[0], tokens(device=device))
-    forget_places(models[0])
-    for each in offloaded_of(models[0]):
-        each._host.zero_()
-    result.backward()
-    grads = [parameter.grad for name, parameter in trainable(models[0]) if "layers.0" in name and "experts" in name]
-    assert grads and any(not grad.any() for grad in grads)
+    graphs.empty_places(monkeypatch.setattr)
+    model, batch = in_graphs(model_of(source, device, 3)), tokens(device=device)
+    for _ in range(2):
+        loss(model, batch).backward()
+    norms = []
+    for lost in (False, True):
+        model.zero_grad()
+        result = loss(model, batch)
+        if lost:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            for each in offloaded_of(model):
+                each._host.zero_()
+        result.backward()
+        norms.append([p.grad.norm().item() for name, p in trainable(model) if "experts" in name])
+    assert all(a > 0 and a != b for a, b in zip(*norms))
 
 
 @pytest.mark.usefixtures("none_is_checkpointed_as_usual")
@@ -255,6 +245,17 @@ def test_a_backward_that_stops_half_way_leaves_nothing_behind(source, device):
         loss(model, batch).backward()
 
     assert_same_gradients(models, run)
+
+
+def test_a_layer_recorded_after_its_neighbours_may_have_the_place_of_one(source, device):
+    models = twins_of(source, device)
+    hooks = [layers(model)[1].register_forward_hook(lambda *_: None) for model in models]
+    assert_same_steps(*models, [tokens(device=device) for _ in range(2)])
+    for hook in hooks:
+        hook.remove()
+    assert_same_steps(*models, [tokens(device=device) for _ in range(4)])
+    first, second, third, fourth = (each.place for each in offloaded_of(models[0]))
+    assert first is fourth and first is not second and second is third
 
 
 def test_two_models_may_train_in_turn(source, device):

@@ -28,6 +28,7 @@ from qwen3_moe_integration import (
     whole_adapters,
 )
 from qwen3_moe_integration.exchange import Exchange
+from qwen3_moe_integration.kept import KEEPABLE
 from qwen3_moe_integration.quantize.stacks import QuantState, quantize_stack, slice_stack
 from tests.integration import graphs, lora, quantized
 from tests.integration.distributed import training
@@ -63,14 +64,16 @@ def train(
     alone, model = alone.to(device), share_out_experts(model).to(device)
     if checkpointing == "recomputed":
         training.with_checkpointing(model)
-    elif checkpointing == "in graphs":
+    elif checkpointing in ("in graphs", "offloaded"):
         if device == "cpu":
             graphs.stand_in()
-        enable_graphed_checkpointing(model, keep=("attention", "experts"))
+        graphs.empty_places()
+        offload = KEEPABLE if checkpointing == "offloaded" else ()
+        enable_graphed_checkpointing(model, keep=KEEPABLE, offload=offload)
     parallel = DistributedDataParallel(model)
     for _ in range(3):
         step(alone, parallel, [inputs(tokens(1, length, device)) for length in lengths], max_norm)
-    if checkpointing == "in graphs":
+    if checkpointing in ("in graphs", "offloaded"):
         assert graphs.recordings(model) == 2  # one for each layer
 
 
@@ -108,6 +111,7 @@ CASES = pytest.mark.parametrize(
         ("recomputed", (6, 3), 0),
         ("in graphs", (5, 5), 0.01),
         ("in graphs", (3, 5), 0),
+        ("offloaded", (3, 5), 0),
     ],
 )
 
