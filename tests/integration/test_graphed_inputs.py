@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qwen3_moe_integration import enable_graphed_checkpointing
-from qwen3_moe_integration.recording import Input, _Claim
+from qwen3_moe_integration.offload import Claim
+from qwen3_moe_integration.recording import Input
 from tests.integration import graphs
 from tests.integration.lora import config, pair
 from tests.integration.models import tokens
@@ -20,7 +21,7 @@ class Reads:
     def __init__(self, like: Tensor):
         self.input = Input(torch.empty_like(like))
 
-    def __call__(self, tensor: Tensor, claim: _Claim) -> bool:
+    def __call__(self, tensor: Tensor, claim: Claim) -> bool:
         self.input.buffer.zero_()
         self.input.read(tensor, claim)
         read = torch.equal(self.input.buffer, tensor)
@@ -34,7 +35,7 @@ def tensor() -> Tensor:
 
 
 def test_it_is_read_once_until_the_readers_backward_is_over(tensor):
-    reads, first, second = Reads(tensor), _Claim(), _Claim()
+    reads, first, second = Reads(tensor), Claim(), Claim()
     assert reads(tensor, first)
     assert not reads(tensor, second) and not reads(tensor, first)
     first.over = True
@@ -43,7 +44,7 @@ def test_it_is_read_once_until_the_readers_backward_is_over(tensor):
 
 
 def test_it_is_read_again_once_the_reader_is_gone(tensor):
-    reads, first, second = Reads(tensor), _Claim(), _Claim()
+    reads, first, second = Reads(tensor), Claim(), Claim()
     assert reads(tensor, first)
     del first
     gc.collect()
@@ -51,14 +52,14 @@ def test_it_is_read_again_once_the_reader_is_gone(tensor):
 
 
 def test_a_tensor_that_changed_is_read_again(tensor):
-    reads, claim = Reads(tensor), _Claim()
+    reads, claim = Reads(tensor), Claim()
     assert reads(tensor, claim)
     tensor[0].add_(1)
     assert reads(tensor, claim) and not reads(tensor, claim)
 
 
 def test_another_tensor_is_read(tensor):
-    reads, claim = Reads(tensor), _Claim()
+    reads, claim = Reads(tensor), Claim()
     assert reads(tensor, claim)
     other = tensor.detach()
     assert reads(other, claim) and reads(tensor, claim)
