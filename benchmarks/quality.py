@@ -18,12 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from harness.environment import environment
+from harness.environment import environment, kernel_identity
 from peft import get_peft_model
 from torch import nn
 from tqdm import tqdm
@@ -38,7 +39,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 AGREE = {"cpu": 1e-4, "cuda": 5e-3}  # relative, of perplexities and losses of the same weights: fp32, bf16
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", type=Path, help="a local build instead of the Hub's")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
@@ -51,6 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = KernelSource(path=options.kernel) if options.kernel else KernelSource()
@@ -74,8 +76,9 @@ def main(argv: list[str] | None = None) -> None:
             "kernel, another seed": adapted(load_4_bit(path, device), kept, options, seed=2),
         }
     result = {
-        "command": f"python benchmarks/quality.py --steps {options.steps} --whole-steps {options.whole_steps}",
+        "command": shlex.join(["python", "benchmarks/quality.py", *argv]),
         "environment": environment(device),
+        "kernel": kernel_identity(source.load()),
         "perplexity": perplexities,
         "worst_difference": worst_difference(curves["kernel"], curves["PEFT's W + BA"]),
         "difference_between_seeds": worst_difference(curves["kernel"], curves["kernel, another seed"]),
@@ -160,16 +163,22 @@ def worst_difference(ours: list[float], theirs: list[float], window: int = 10) -
 
 
 def plot(curves: dict[str, list[float]], path: Path) -> None:
+    """The curves, PEFT's dashed on the kernel's; below, how far the other two are from the kernel's at each step."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for (name, losses), style in zip(curves.items(), ("-", "--", ":")):
-        axes.plot(losses, style, label=name, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title="LoRA on attention and all experts over 4-bit weights")
-    axes.legend()
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1))
+    styles = (("C0", "-", 3), ("black", "--", 0.8), ("C1", "-", 0.8))
+    kernel = torch.tensor(curves["kernel"])
+    for (name, losses), (color, style, width) in zip(curves.items(), styles):
+        above.plot(losses, style, color=color, label=name, linewidth=width)
+        if name != "kernel":
+            below.semilogy((torch.tensor(losses) / kernel - 1).abs(), style, color=color, linewidth=width)
+    above.set(ylabel="loss (nats a token)", title="LoRA on attention and all experts over 4-bit weights")
+    above.legend()
+    below.set(xlabel="step", ylabel="relative difference\nfrom the kernel's")
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 

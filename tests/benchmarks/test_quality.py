@@ -19,8 +19,11 @@ def quality(monkeypatch):
 
 
 def test_both_ways_to_multiply_4_bit_weights_agree(quality, kernel_dir, tmp_path):
-    quality.main([*ARGUMENTS, "--kernel", str(kernel_dir), "--out", str(tmp_path)])
+    arguments = [*ARGUMENTS, "--kernel", str(kernel_dir), "--out", str(tmp_path)]
+    quality.main(arguments)
     result = json.loads((tmp_path / "quality.json").read_text())
+    assert result["command"] == " ".join(["python benchmarks/quality.py", *arguments])
+    assert result["kernel"]["id"].startswith("_qwen3_moe_fused")
     full, fused, by_bnb = result["perplexity"].values()
     assert fused == pytest.approx(by_bnb, rel=1e-4) and fused != pytest.approx(full, rel=1e-5)
     assert result["worst_difference"] < 1e-4 < result["difference_between_seeds"]
@@ -28,15 +31,20 @@ def test_both_ways_to_multiply_4_bit_weights_agree(quality, kernel_dir, tmp_path
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_weights_that_are_not_the_same_fail(quality, kernel_dir, tmp_path, monkeypatch):
-    load = quality.decoded
+@pytest.mark.parametrize(
+    ("spoiled_call", "message"), [(1, "perplexities in 4 bit differ"), (2, "the loss curves of the two paths")]
+)
+def test_weights_that_are_not_the_same_fail(quality, kernel_dir, tmp_path, monkeypatch, spoiled_call, message):
+    """Decoded weights are asked for twice: for the perplexity, and for the loss curve."""
+    load, models = quality.decoded, []
 
     def other_weights(*arguments) -> nn.Module:
-        model = load(*arguments)
-        with torch.no_grad():
-            model.model.layers[0].mlp.experts.down_proj.mul_(2.0)
-        return model
+        models.append(load(*arguments))
+        if len(models) == spoiled_call:
+            with torch.no_grad():
+                models[-1].model.norm.weight.mul_(4.0)
+        return models[-1]
 
     monkeypatch.setattr(quality, "decoded", other_weights)
-    with pytest.raises(SystemExit, match="perplexities in 4 bit differ"):
+    with pytest.raises(SystemExit, match=message):
         quality.main([*ARGUMENTS, "--kernel", str(kernel_dir), "--out", str(tmp_path)])
