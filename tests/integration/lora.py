@@ -28,9 +28,11 @@ def config(**changes: Any) -> LoraConfig:
     return LoraConfig(**settings | changes)
 
 
-def pair(source: Any, *configs: LoraConfig, kernelized: str = "after", tiny: Tiny = QWEN3) -> tuple[PeftModel, ...]:
+def pair(
+    source: Any, *configs: LoraConfig, kernelized: str = "after", tiny: Tiny = QWEN3, device: str = "cpu"
+) -> tuple[PeftModel, ...]:
     """A model on the kernel and one on stock experts, with the same weights and adapters "first", "second"."""
-    model = tiny.build()
+    model = tiny.build().to(device)
     stock = stock_twin(model)
     if kernelized == "before":
         kernelize_model(model, kernel=source)

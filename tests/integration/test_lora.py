@@ -8,6 +8,7 @@ from qwen3_moe_integration import expert_lora_config, kernelize_model
 from tests.integration.lora import PARAMETERS, StackSized, config, pair, with_adapters
 from tests.integration.models import (
     QWEN3,
+    RATIO,
     ExpertsCalls,
     Tiny,
     assert_same_training,
@@ -16,6 +17,7 @@ from tests.integration.models import (
     tokens,
 )
 from tests.integration.test_experts import ARIA, LOCAL, OURS
+from tests.integration.test_gpu import FP32_RATIO
 from tests.kernel.oracle import assert_close
 
 CONFIGS = {
@@ -36,10 +38,10 @@ CONFIGS = {
 @pytest.mark.compat
 @pytest.mark.parametrize("kernelized", ["before", "after"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_adapters_train_as_in_peft(source, name, kernelized):
-    model, stock = pair(source, CONFIGS[name], kernelized=kernelized)
+def test_adapters_train_as_in_peft(source, device, name, kernelized):
+    model, stock = pair(source, CONFIGS[name], kernelized=kernelized, device=device)
     with ExpertsCalls() as calls:
-        assert_same_training(model, stock)
+        assert_same_training(model, stock, ratio={"cpu": RATIO, "cuda": FP32_RATIO}[device])
     assert (calls.forward, calls.backward) == (2, 2)
 
 

@@ -26,7 +26,8 @@ def model(request, registered, tmp_path):
 
 @pytest.mark.compat
 @pytest.mark.parametrize("kernelized", ["before", "after", "by the experts implementation"])
-def test_adapters_train_as_in_peft_on_the_decoded_weights(model, source, kernelized):
+def test_adapters_train_as_in_peft_on_the_decoded_weights(model, source, device, kernelized):
+    model = model.to(device)
     stock = with_adapters(decoded_twin(model), config())
     stacks = [*experts_parameters(model).values()]
     packed = [x.detach().clone() for x in stacks]
@@ -39,7 +40,7 @@ def test_adapters_train_as_in_peft_on_the_decoded_weights(model, source, kerneli
     with ExpertsCalls() as calls:
         assert_same_training(model.train(), stock.train(), ratio=1e-4)
     assert (calls.forward, calls.backward) == (2, 2)
-    input_ids = tokens()
+    input_ids = tokens(device=device)
     with StackSized(model) as large:
         model(input_ids=input_ids, labels=input_ids).loss.backward()
     assert large.made == 0
