@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness.adapters import as_peft_stores_them, make_factors, ours, reference, run, split
+from harness.adapters import Factors, Layer, as_peft_stores_them, make_factors, ours, reference, run, split
 from harness.contest import attempt
 from harness.environment import environment, kernel_identity
 from harness.files import write_whole
@@ -29,7 +29,9 @@ from harness.problem import TOLERANCE, Shape, Weights, make_inputs, make_weights
 
 SCALING = 2.0
 FROZEN, ADAPTED, AS_PEFT, SPLIT = "ours, frozen", "ours", "ours, fp32 factors as PEFT stores them", "grouped_mm, split"
+HALVES = "ours, gate and up with an A each"
 FROZEN_4BIT, ADAPTED_4BIT = "ours, frozen nf4", "ours, nf4"
+AS_PEFT_4BIT = "ours, nf4, fp32 factors as PEFT stores them"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,20 +81,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def contest(kernel, weights: Weights, tokens: int, options: argparse.Namespace) -> list[dict]:
     """A record for each way to run ``tokens`` tokens: checked, then timed in turns, then in a CUDA graph."""
     sets = [make_inputs(options.shape, tokens, torch.bfloat16, options.device, s) for s in range(options.input_sets)]
-    factors = make_factors(options.shape, options.rank, torch.bfloat16, options.device)
-    peft = as_peft_stores_them(factors)
-    layers = {
-        FROZEN: (ours(kernel, weights, None, SCALING), None, weights),
-        ADAPTED: (ours(kernel, weights, factors, SCALING), factors, weights),
-        AS_PEFT: (ours(kernel, weights, peft, SCALING), peft, weights),
-        SPLIT: (split(weights, factors, SCALING), factors, weights),
-    }
-    if options.four_bit:
-        packed, dense = quantized(kernel, weights)
-        layers[FROZEN_4BIT] = ours(kernel, packed, None, SCALING), None, dense
-        layers[ADAPTED_4BIT] = ours(kernel, packed, factors, SCALING), factors, dense
     calls, records = {}, []
-    for name, (layer, trained, base) in layers.items():
+    for name, (layer, trained, base) in contestants(kernel, weights, options).items():
         calls[name] = [partial(run, layer, inputs, trained) for inputs in sets]
         wanted = reference(sets[0], base, trained, SCALING)
         errors, reason = attempt(partial(check, calls[name][0], wanted), options.device)
@@ -116,6 +106,28 @@ def contest(kernel, weights: Weights, tokens: int, options: argparse.Namespace) 
             )
             record["graph_ms"] = summary([graph]) if graph else None
     return records
+
+
+def contestants(
+    kernel, weights: Weights, options: argparse.Namespace
+) -> dict[str, tuple[Layer, Factors | None, Weights]]:
+    """By name: the layer, the factors it trains, and the dense weights that it stands for without them."""
+    factors = make_factors(options.shape, options.rank, torch.bfloat16, options.device)
+    halves = make_factors(options.shape, options.rank, torch.bfloat16, options.device, halves=2)
+    peft = as_peft_stores_them(factors)
+    layers = {
+        FROZEN: (ours(kernel, weights, None, SCALING), None, weights),
+        ADAPTED: (ours(kernel, weights, factors, SCALING), factors, weights),
+        AS_PEFT: (ours(kernel, weights, peft, SCALING), peft, weights),
+        HALVES: (ours(kernel, weights, halves, SCALING), halves, weights),
+        SPLIT: (split(weights, factors, SCALING), factors, weights),
+    }
+    if options.four_bit:
+        packed, dense = quantized(kernel, weights)
+        layers[FROZEN_4BIT] = ours(kernel, packed, None, SCALING), None, dense
+        layers[ADAPTED_4BIT] = ours(kernel, packed, factors, SCALING), factors, dense
+        layers[AS_PEFT_4BIT] = ours(kernel, packed, peft, SCALING), peft, dense
+    return layers
 
 
 def check(call, wanted: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -17,7 +17,7 @@ Layer = Callable[[Inputs], Tensor]
 
 
 class Factors(NamedTuple):
-    """A (E, r, K) and B (E, N, r) of both projections."""
+    """A (E, r, K) and B (E, N, r) of both projections; gate_up_A (E, 2r, H) if gate and up have an A each."""
 
     gate_up_A: Tensor
     gate_up_B: Tensor
@@ -25,7 +25,8 @@ class Factors(NamedTuple):
     down_B: Tensor
 
 
-def make_factors(shape: Shape, rank: int, dtype: torch.dtype, device: str, seed: int = 0) -> Factors:
+def make_factors(shape: Shape, rank: int, dtype: torch.dtype, device: str, seed: int = 0, halves: int = 1) -> Factors:
+    """``halves`` 2 gives gate and up an A each."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def factor(*size: int) -> nn.Parameter:
@@ -33,7 +34,7 @@ def make_factors(shape: Shape, rank: int, dtype: torch.dtype, device: str, seed:
         return nn.Parameter((values / math.sqrt(size[-1])).to(dtype))
 
     return Factors(
-        factor(rank, shape.hidden),
+        factor(halves * rank, shape.hidden),
         factor(2 * shape.intermediate, rank),
         factor(rank, shape.intermediate),
         factor(shape.hidden, rank),
@@ -116,7 +117,7 @@ def reference(inputs: Inputs, weights: Weights, factors: Factors | None, scaling
         x, scale, *own = (leaf.double().requires_grad_() for leaf in leaves)
         gate_up, down = (weight.detach()[expert].double() for weight in weights)
         if own:
-            gate_up, down = gate_up + scaling * own[1] @ own[0], down + scaling * own[3] @ own[2]
+            gate_up, down = gate_up + scaling * _product(*own[:2]), down + scaling * _product(*own[2:])
         gate, up = (x @ gate_up.t()).chunk(2, dim=-1)
         out = scale[:, None] * ((F.silu(gate) * up) @ down.t())
         grads = torch.autograd.grad(out, (x, scale, *own), grad_output[token].double())
@@ -126,3 +127,9 @@ def reference(inputs: Inputs, weights: Weights, factors: Factors | None, scaling
         for name, grad in zip(names, grads[2:]):
             results[f"grad_{name}"][expert] = grad
     return results
+
+
+def _product(A: Tensor, B: Tensor) -> Tensor:
+    """(N, K): B @ A of one expert, each half of B's rows with its own A if A is twice as high as B is wide."""
+    halves = A.shape[0] // B.shape[1]
+    return torch.cat([b @ a for a, b in zip(A.chunk(halves), B.chunk(halves))])
