@@ -100,8 +100,10 @@ MISTAKES = [
     (lambda A, B: (A[1:], B), ValueError, r"down_lora.A must have size 4 in dimension 0 \(E of down_proj\)"),
     (lambda A, B: (A, B.half()), TypeError, r"down_lora.B must be torch.float32 like down_lora.A, got torch.float16"),
     (lambda A, B: (A[..., 1:], B), ValueError, r"down_lora.A must have size 16 in dimension 2 \(K of down_proj\)"),
-    (lambda A, B: (A, B[:, 1:]), ValueError, r"down_lora.B must have size 24 in dimension 1 \(N of down_proj\)"),
+    (lambda A, B: (A, B[:, 1:]), ValueError, r"down_lora.B must have size 23 in dimension 1 \(N of down_proj\)"),
     (lambda A, B: (A[:, 1:], B), ValueError, r"down_lora.A must have size 4 or 8 \(r or 2r of down_lora.B\)"),
+    (lambda A, B: (A[:, :0], B[..., :0]), ValueError, r"down_lora.A must have size 0 or 0 \(r or 2r of down_lora.B\)"),
+    (lambda A, B: (torch.cat((A, A), 1), B), ValueError, "has two halves, so N of down_proj must be even, got 23"),
     (lambda A, B: (A.to("meta"), B), ValueError, r"down_lora.A must be on \w+(:0)? like down_proj, got meta"),
     (lambda A, B: (A, B, 1.0, 1.0), ValueError, r"down_lora.dropout must lie in \[0, 1\), got 1.0"),
 ]
@@ -109,7 +111,17 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("spoil", "error", "message"), MISTAKES, ids=[message for *_, message in MISTAKES])
 def test_factors_that_do_not_fit_are_named(kernel, device, spoil, error, message):
-    inputs = Problem().draw(device, torch.float32)
-    factors = Adapter().draw(Problem(), device, torch.float32)
+    problem = Problem(H=23)
+    inputs = problem.draw(device, torch.float32)
+    factors = Adapter().draw(problem, device, torch.float32)
     with pytest.raises(error, match=message):
         kernel.fused_experts(*inputs[:-1], down_lora=kernel.Lora(*spoil(factors["down_A"], factors["down_B"])))
+
+
+@pytest.mark.parametrize("name", ["gate_up_lora", "down_lora"])
+def test_what_is_no_lora_is_named(kernel, device, name):
+    inputs = Problem().draw(device, torch.float32)
+    factors = Adapter().draw(Problem(), device, torch.float32)
+    pair = tuple(factors[name.replace("lora", letter)] for letter in "AB")
+    with pytest.raises(TypeError, match=f"{name} must be a Lora, got tuple"):
+        kernel.fused_experts(*inputs[:-1], **{name: pair})
