@@ -36,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from tiny_checkpoint import make_checkpoint, texts
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-AGREE = {"cpu": 1e-4, "cuda": 5e-3}  # relative, of perplexities and losses of the same weights: fp32, bf16
+AGREE = {"cpu": 1e-4, "cuda": 5e-3}
+"""Relative, of perplexities and smoothed losses of the same weights, in fp32 and in bf16. Another seed differs by 4e-2."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -91,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     fused, by_bnb = perplexities["4 bit, kernel"], perplexities["4 bit, decoded by bitsandbytes"]
     if abs(fused / by_bnb - 1) > AGREE[device]:
         raise SystemExit(f"perplexities in 4 bit differ: {fused} on the kernel, {by_bnb} decoded by bitsandbytes")
-    if result["worst_difference"] > max(AGREE[device], result["difference_between_seeds"] / 2):
-        raise SystemExit("the loss curves of the two paths are further apart than half of what another seed does")
+    if result["worst_difference"] > AGREE[device]:
+        raise SystemExit(f"the loss curves of the two paths differ by {result['worst_difference']} of the loss")
 
 
 def tokenized(tokenizer, seq_len: int) -> torch.Tensor:
