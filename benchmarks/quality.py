@@ -37,7 +37,7 @@ from tiny_checkpoint import make_checkpoint, texts
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 AGREE = {"cpu": 1e-4, "cuda": 5e-3}
-"""Relative, of perplexities and smoothed losses of the same weights, in fp32 and in bf16. Another seed differs by 4e-2."""
+"""Relative, of perplexities and smoothed losses of the same weights, fp32 and bf16. Another seed differs by 4e-2."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

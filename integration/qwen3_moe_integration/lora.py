@@ -158,7 +158,7 @@ def check_config(config: LoraConfig) -> None:
             f"init_lora_weights must be one of {', '.join(map(repr, INITS))} for experts, "
             f"got {config.init_lora_weights!r}"
         )
-    for name in ("use_dora", "lora_bias", "fan_in_fan_out"):
+    for name in ("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out"):
         if getattr(config, name):
             raise ValueError(f"{name} must be False for experts, got {getattr(config, name)!r}")
 

@@ -201,6 +201,8 @@ def test_dropout_without_the_kernel_is_an_error():
     ("changes", "message"),
     [
         ({"use_dora": True}, "use_dora must be False for experts, got True"),
+        ({"use_qalora": True}, "use_qalora must be False for experts, got True"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out must be False for experts, got True"),
         ({"lora_bias": True}, "lora_bias must be False for experts, got True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights must be one of True, False, 'gaussian'.* got 'pissa'"),
         ({"init_lora_weights": "orthogonal"}, "init_lora_weights must be one of"),

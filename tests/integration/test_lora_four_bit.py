@@ -118,7 +118,8 @@ def test_merging_decodes_adds_and_quantizes_again(model):
         adapted.merge_adapter()
     for wrapper, old in zip(wrappers, before):
         merged, (A, B) = wrapper.get_param(), wrapper.factors("first")
-        state = merged.quant_state
+        state, kept = merged.quant_state, old.quant_state
+        assert (state.blocksize, state.quant_type, state.nested) == (kept.blocksize, kept.quant_type, kept.nested)
         added = (decoded(old) + wrapper.scaling["first"] * B @ A).detach().flatten()
         settings = {"blocksize": state.blocksize, "quant_type": state.quant_type, "compress_statistics": state.nested}
         want = bnb.dequantize_4bit(*bnb.quantize_4bit(added, **settings)).view(state.shape)
@@ -133,12 +134,24 @@ def test_merging_decodes_adds_and_quantizes_again(model):
         adapted.unmerge_adapter()
     for wrapper, old in zip(wrappers, before):
         assert_close(wrapper.parameter_name, decoded(old), decoded(wrapper.get_param()), 0.2)
+    with pytest.warns(UserWarning, match=r"Already unmerged\. Nothing to do"):
+        wrappers[0].unmerge()
     with pytest.warns(UserWarning, match="Merge lora module to 4-bit"):
         merged = adapted.merge_and_unload(safe_merge=True)
     assert not any("lora" in name for name in merged.state_dict())
     with ExpertsCalls() as calls:
         generated(merged)
     assert calls.forward == 2 * 12
+
+
+def test_merging_takes_the_adapters_that_are_named(model):
+    adapted = with_adapters(model, config(target_modules=[]), config(target_modules=[]))
+    wrapper = next(each for each in adapted.modules() if isinstance(each, peft_layer.ParamWrapper))
+    before, (A, B) = decoded(wrapper.get_param()), wrapper.factors("second")
+    adapted.merge_adapter(["second"])
+    assert wrapper.merged_adapters == ["second"]
+    want = (before + wrapper.scaling["second"] * B @ A).detach()
+    assert_close("merged", want, decoded(wrapper.get_param()), 0.2)
 
 
 def test_merging_what_is_not_finite_is_refused(model):
