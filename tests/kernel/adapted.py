@@ -139,8 +139,9 @@ def product(A: Tensor, B: Tensor) -> Tensor:
 
 
 class AdaptedLayer:
-    """A layer's tensors, run by functions with the arguments of ``kernels.experts``; ``types`` holds Gradients, Lora
-    and Projection. So dropout, whose seed the public function draws, can be that of another run or backend."""
+    """A layer's tensors, run by functions with the arguments of ``kernels.experts``; ``types`` holds Gradients, Lora,
+    Projection and four_bit_weight. So dropout, whose seed the public function draws, can be that of another run or
+    backend."""
 
     def __init__(
         self,
@@ -150,9 +151,14 @@ class AdaptedLayer:
         dtype: torch.dtype = torch.float32,
         dropout: float = 0.0,
         device: str = "cpu",
+        quantization: Optional[Quantization] = None,
     ):
         self.types, self.adapter, self.dropout = types, adapter, dropout
         self.inputs = problem.draw(device, dtype)
+        if quantization:
+            stacks = self.inputs.gate_up_proj, self.inputs.down_proj
+            gate_up, down = (types.four_bit_weight(quantization.quantize(stack)) for stack in stacks)
+            self.inputs = self.inputs._replace(gate_up_proj=gate_up, down_proj=down)
         self.factors = adapter.draw(problem, device, dtype)
         self.seed = torch.randint(2**31, (1,), device=device) if dropout else None
 

@@ -22,7 +22,7 @@ def launchers(kernel) -> SimpleNamespace:
     experts, projection = (
         importlib.import_module(f"{kernel.__name__}.{name}") for name in ("kernels.experts", "projection")
     )
-    return SimpleNamespace(**{**vars(projection), **vars(experts)})
+    return SimpleNamespace(**{**vars(projection), **vars(experts)}, four_bit_weight=kernel.four_bit_weight)
 
 
 @pytest.mark.parametrize("adapter", [AS_TRAINED, replace(AS_TRAINED, halves=2)], ids=repr)
@@ -46,10 +46,14 @@ def test_any_rank_where_tiles_are_largest(kernel, adapter):
     assert_adapted_experts_agree(kernel, DEEP, "cuda", BF16, adapter=adapter)
 
 
-@pytest.mark.parametrize("problem", [ODD, DEEP], ids=repr)
+@pytest.mark.parametrize(
+    ("problem", "quantization"),
+    [(ODD, None), (DEEP, None), (replace(DEEP, I=256), Quantization()), (DEEP, Quantization())],
+    ids=["odd", "deep", "4 bit, fast", "4 bit, dequantized"],  # for want of whole tiles: 192 columns
+)
 @pytest.mark.parametrize("adapter", [Adapter(), Adapter(48, 40, halves=2, dtype=FP32)], ids=repr)
-def test_dropout_is_that_of_the_reference(kernel, launchers, problem, adapter):
-    layer = AdaptedLayer(launchers, problem, adapter, BF16, dropout=0.3, device="cuda")
+def test_dropout_is_that_of_the_reference(kernel, launchers, problem, quantization, adapter):
+    layer = AdaptedLayer(launchers, problem, adapter, BF16, 0.3, "cuda", quantization)
     expected = layer.run(kernel.reference.experts_forward, kernel.reference.experts_backward)
     for name, want, got in layer.pairs(expected, launchers.experts_forward, launchers.experts_backward):
         assert_close(name, want, got, RATIO[BF16])

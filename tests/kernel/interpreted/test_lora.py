@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .. import strategies
-from ..adapted import FACTORS, AdaptedLayer, Adapter, assert_adapted_experts_agree
+from ..adapted import FACTORS, AdaptedLayer, Adapter, Quantization, assert_adapted_experts_agree
 from ..oracle import RATIO, assert_close
 from ..poison import poisoned_memory
 from ..problems import Problem
@@ -79,9 +80,12 @@ def test_any_strides_give_the_same(launchers, halves, stored):
         assert torch.equal(want, got), name
 
 
+@pytest.mark.parametrize(
+    ("problem", "quantization"), [(ODD, None), (replace(ODD, H=64, I=64), Quantization())], ids=["dense", "4 bit"]
+)
 @pytest.mark.parametrize("adapter", [Adapter(halves=2), Adapter(gate_up_rank=20)], ids=repr)
-def test_dropout_is_that_of_the_reference(kernel, launchers, dtype, adapter):
-    layer = AdaptedLayer(launchers, ODD, adapter, dtype, dropout=0.4)
+def test_dropout_is_that_of_the_reference(kernel, launchers, dtype, problem, quantization, adapter):
+    layer = AdaptedLayer(launchers, problem, adapter, dtype, 0.4, quantization=quantization)
     reference = kernel.reference
     expected = layer.run(reference.experts_forward, reference.experts_backward)
     for name, want, got in layer.pairs(expected, launchers.experts_forward, launchers.experts_backward):
