@@ -25,6 +25,11 @@ def test_the_layer_and_its_gradients_are_the_oracles(kernel, device, dtype, adap
     assert_adapted_experts_agree(kernel, problem, device, dtype, adapter=adapter)
 
 
+def test_factors_in_bf16_beside_tokens_in_fp16(kernel, device):
+    adapter, ratio = Adapter(dtype=torch.bfloat16), RATIO[torch.bfloat16]
+    assert_adapted_experts_agree(kernel, Problem(), device, torch.float16, adapter=adapter, ratio=ratio)
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS[:2], ids=repr)
 def test_adapters_over_4_bit_weights(kernel, device, dtype, adapter):
     assert_adapted_experts_agree(kernel, Problem(H=64, I=64), device, dtype, Quantization(), adapter)
