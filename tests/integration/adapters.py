@@ -17,7 +17,10 @@ EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class V4Adapter:
-    """An adapter of every expert and of attention: H, I, E and layers of the model; ranks and alphas by projection."""
+    """An adapter of every expert and of attention.
+
+    H, I, E and layers are the model's; ranks and alphas go by projection; modules that match ``lacks`` have no adapter.
+    """
 
     H: int = 7
     I: int = 5
@@ -30,6 +33,7 @@ class V4Adapter:
     rslora: bool = False
     dtype: torch.dtype = torch.float32
     projections: tuple[str, ...] = EXPERT_PROJECTIONS
+    lacks: str = "$."
     config: dict[str, Any] = field(default_factory=dict)
 
     def sizes(self, projection: str) -> tuple[int, int]:
@@ -43,6 +47,8 @@ class V4Adapter:
                 modules.update({f"model.layers.{l}.mlp.experts.{e}.{p}": p for p in self.projections})
         tensors = {}
         for module, projection in modules.items():
+            if re.search(self.lacks, module):
+                continue
             rank, (width, height) = self.ranks.get(projection, self.r), self.sizes(projection)
             tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.randn(rank, width).to(self.dtype)
             tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.randn(height, rank).to(self.dtype)
@@ -92,7 +98,8 @@ def additions(folder: Path) -> dict[str, Tensor]:
         owner = module.removesuffix(".base_layer").removesuffix(".experts")
         if owner + ".experts" in (module, module.removesuffix(".base_layer")):
             beside = f"{PREFIX}{owner}.experts.base_layer.lora_A.weight" in tensors
-            down = module.endswith("experts") and (beside or "gate_up" not in str(config["target_parameters"]))
+            both = any(f".{owner}.experts.gate_up_proj".endswith(f".{name}") for name in config["target_parameters"])
+            down = module.endswith("experts") and (beside or not both)
             name = f"{owner}.experts.{'down_proj' if down else 'gate_up_proj'}"
             rank, scaling = _rank_and_scaling(config, name)
             A, B = A.reshape(-1, rank, A.shape[1]), B.reshape(B.shape[0], rank, -1)

@@ -90,11 +90,12 @@ def _parameter(match: re.Match, depth: int, config: dict[str, Any]) -> str:
     if depth == 1:
         return PARAMETERS[0] if inside else PARAMETERS[1]
     names = config.get("target_parameters") or []
-    named = [parameter for parameter in PARAMETERS if any(name.endswith(parameter) for name in names)]
+    experts = f"{base_name(match['block'])}.experts"
+    named = [p for p in PARAMETERS if any(f".{experts}.{p}".endswith(f".{name}") for name in names)]
     if depth > 1 or len(named) != 1:
         raise ValueError(
-            f"{match['block']}.experts has {depth + 1} wrapped parameter(s), which must be gate_up_proj or down_proj; "
-            f"target_parameters in adapter_config.json names {names}"
+            f"{experts} has {depth + 1} wrapped parameter(s), which must be gate_up_proj or down_proj; "
+            f"target_parameters in adapter_config.json names {names}, of which {named} here"
         )
     return named[0]
 
