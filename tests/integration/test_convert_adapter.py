@@ -4,10 +4,13 @@ import copy
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from qwen3_moe_integration.convert import ADAPTER_FORMATS, convert_adapter
 from tests.conftest import ROOT
@@ -96,12 +99,70 @@ def test_two_adapters_of_gate_and_up_become_one_of_their_joint_rank_and_one_stay
     assert_same_tensors(tmp_path / "shared", tmp_path / "shared again")
 
 
-def test_an_untrained_adapter_comes_back_with_its_ranks(tmp_path):
-    tensors = {key: tensor * ("lora_A" in key) for key, tensor in PLAIN.tensors().items()}
-    source = save(tmp_path / "v4", tensors, PLAIN.adapter_config())
+RANKS_3_AND_5 = V4Adapter(ranks={"gate_proj": 3, "up_proj": 5}, alphas={"gate_proj": 6, "up_proj": 10})
+
+
+def untrained(tensors):
+    return {key: torch.zeros_like(tensor) if "lora_B" in key else tensor for key, tensor in tensors.items()}
+
+
+def with_zero_columns(tensors):
+    """As training leaves a column of B whose row of A has met zeros alone."""
+    zeroed = {"gate_proj.lora_B": 2, "up_proj.lora_B": 0}
+    for key, tensor in tensors.items():
+        for name, column in zeroed.items():
+            if name in key:
+                tensor[:, column] = 0
+    return tensors
+
+
+def with_one_A(tensors):
+    return {key: tensors[key.replace("up_proj.lora_A", "gate_proj.lora_A")].clone() for key in tensors}
+
+
+@pytest.mark.parametrize(
+    "adapter, change",
+    [
+        (PLAIN, untrained),
+        (RANKS_3_AND_5, untrained),
+        (RANKS_3_AND_5, with_zero_columns),
+        (V4Adapter(r=1), lambda tensors: with_one_A(untrained(tensors))),
+        (V4Adapter(r=4), lambda tensors: with_one_A(untrained(tensors))),
+        (V4Adapter(projections=("gate_proj", "down_proj")), untrained),
+        (V4Adapter(projections=("up_proj",)), untrained),
+    ],
+    ids=["equal ranks", "3 and 5", "3 and 5, zero columns", "one A", "one A of rank 4", "gate", "up"],
+)
+def test_columns_of_zeros_come_back_to_the_projection_that_had_them(tmp_path, adapter, change):
+    source = save(tmp_path / "v4", change(adapter.tensors()), adapter.adapter_config())
     convert_adapter(source, tmp_path / "peft", "peft", check=True)
-    convert_adapter(tmp_path / "peft", tmp_path / "back", "per-expert", check=True)
+    convert_adapter(tmp_path / "peft", tmp_path / "again", "peft", check=True)
+    convert_adapter(tmp_path / "again", tmp_path / "back", "per-expert", check=True)
     assert_same_tensors(source, tmp_path / "back")
+
+
+def test_an_adapter_that_stock_peft_saved_again_before_training_keeps_its_products_alone(tmp_path):
+    """The record of gate's columns is in the metadata, which PEFT leaves out: then gate and up have half of them."""
+    adapter = replace(RANKS_3_AND_5, **MODEL)
+    source = save(tmp_path / "v4", untrained(adapter.tensors()), adapter.adapter_config())
+    convert_adapter(source, tmp_path / "peft", "peft")
+    PeftModel.from_pretrained(QWEN3.build(), tmp_path / "peft").save_pretrained(tmp_path / "saved")
+    convert_adapter(tmp_path / "saved", tmp_path / "back", "per-expert", check=True)
+    tensors, _ = load(tmp_path / "back")
+    assert {len(tensor) for key, tensor in tensors.items() if re.search("(gate|up)_proj.lora_A", key)} == {4}
+
+
+@pytest.mark.parametrize("recorded", ["0", "1", "99", "shared", "-1", "many", ""])
+def test_a_record_that_contradicts_the_factors_changes_no_product(tmp_path, recorded):
+    source = RANKS_3_AND_5.save(tmp_path / "v4")
+    convert_adapter(source, tmp_path / "peft", "peft")
+    tensors, _ = load(tmp_path / "peft")
+    with safe_open(tmp_path / "peft" / "adapter_model.safetensors", "pt") as file:
+        metadata = {key: value if key == "format" else recorded for key, value in file.metadata().items()}
+    assert len(metadata) == 3
+    save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors", metadata)
+    convert_adapter(tmp_path / "peft", tmp_path / "back", "per-expert", check=True)
+    assert_same_additions(source, tmp_path / "back")
 
 
 def add_to_weights(model, folder):

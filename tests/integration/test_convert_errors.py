@@ -169,7 +169,7 @@ def test_a_target_that_exists_or_lies_in_the_source_is_refused(tmp_path):
 def test_check_finds_one_wrong_expert(tmp_path, monkeypatch):
     source = V4.save(tmp_path / "v4")
 
-    def write_wrong(path, tensors):
+    def write_wrong(path, tensors, metadata):
         key = B_OF_EXPERT
         save_file({**tensors, key: tensors[key] * (1 + 1e-4)}, path)
 

@@ -46,7 +46,8 @@ def read_adapter(source: AnyPath) -> Adapter:
     """
     source = Path(source)
     weights = folder.require_safetensors(source, ADAPTER_WEIGHTS)
-    return unpack(folder.read_tensors(weights), folder.read_json(source / ADAPTER_CONFIG))
+    tensors, metadata = folder.read_tensors(weights)
+    return unpack(tensors, folder.read_json(source / ADAPTER_CONFIG), metadata)
 
 
 def convert_adapter(source: AnyPath, target: AnyPath, to: str, uniform: bool = False, check: bool = False) -> None:
@@ -71,8 +72,8 @@ def convert_adapter(source: AnyPath, target: AnyPath, to: str, uniform: bool = F
     source = Path(source)
     with folder.new_folder(Path(target), source) as unfinished:
         adapter = read_adapter(source)
-        tensors, config = pack(adapter, to, uniform)
-        folder.write_tensors(unfinished / ADAPTER_WEIGHTS, tensors)
+        tensors, config, metadata = pack(adapter, to, uniform)
+        folder.write_tensors(unfinished / ADAPTER_WEIGHTS, tensors, metadata)
         folder.write_json(unfinished / ADAPTER_CONFIG, config)
         folder.copy_companions(source, unfinished)
         if check:

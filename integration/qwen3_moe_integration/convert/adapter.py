@@ -48,8 +48,8 @@ def layout_of(tensors: dict[str, Tensor]) -> str:
     return found[0]
 
 
-def unpack(tensors: dict[str, Tensor], config: dict[str, Any]) -> Adapter:
-    """The adapter that a file's tensors and configuration are.
+def unpack(tensors: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]) -> Adapter:
+    """The adapter that a file's tensors and metadata and its configuration are.
 
     Raises:
         ValueError: not plain LoRA, or incomplete, or not of one model; the message names the tensor.
@@ -64,7 +64,7 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any]) -> Adapter:
     for key in others:
         if ".experts." in key:
             raise ValueError(f"{key} is no factor of plain LoRA on gate_proj, up_proj or down_proj of the experts")
-    experts = layout.read(tensors, config)
+    experts = layout.read(tensors, config, metadata)
     check_sizes(experts)
     linears = {}
     for key in others:
@@ -78,8 +78,8 @@ def unpack(tensors: dict[str, Tensor], config: dict[str, Any]) -> Adapter:
     return Adapter(config, experts, linears, {key: others[key] for key in others if key not in paired})
 
 
-def pack(adapter: Adapter, to: str, uniform: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the configuration of ``adapter`` in the layout ``to``.
+def pack(adapter: Adapter, to: str, uniform: bool = False) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
+    """The tensors, the configuration and the file's metadata of ``adapter`` in the layout ``to``.
 
     Args:
         to: a key of ``LAYOUTS``.
@@ -110,7 +110,7 @@ def pack(adapter: Adapter, to: str, uniform: bool = False) -> tuple[dict[str, Te
     tensors.update(adapter.rest)
     # Views of one storage, or of one tensor twice, cannot be saved.
     tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    return tensors, _describe(config, targets, to)
+    return tensors, _describe(config, targets, to), layout.metadata(adapter.experts)
 
 
 def _describe(config: dict[str, Any], targets: list[Target], to: str) -> dict[str, Any]:

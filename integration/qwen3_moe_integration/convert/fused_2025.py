@@ -24,7 +24,7 @@ class Fused2025(Layout):
     def owns(self, key: str, tensor: Tensor) -> bool:
         return tensor.dim() == 3 and _KEY.fullmatch(key) is not None
 
-    def read(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> Experts:
+    def read(self, tensors: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]) -> Experts:
         matches = {key: _KEY.fullmatch(key) for key, tensor in tensors.items() if self.owns(key, tensor)}
         stacks = {(m["block"], m["projection"], m["side"]): tensors[key] for key, m in matches.items()}
         experts = defaultdict(dict)

@@ -28,12 +28,18 @@ class Layout(ABC):
         """Whether the tensor is of an expert, in this layout."""
 
     @abstractmethod
-    def read(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> Experts:
+    def read(self, tensors: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]) -> Experts:
         """The factors in ``tensors``, which has none but owned ones and those of linear layers.
+
+        ``metadata`` is that of the file. What :meth:`metadata` gave may be there or not.
 
         Raises:
             ValueError: experts are missing, shapes disagree with each other or with ``config``.
         """
+
+    def metadata(self, experts: Experts) -> dict[str, str]:
+        """What tensors of this layout cannot say of ``experts``, which are not arranged yet."""
+        return {}
 
     def arrange(self, projections: Projections) -> Projections:
         """The projections as this layout groups them."""

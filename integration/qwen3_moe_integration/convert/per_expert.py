@@ -22,7 +22,7 @@ class PerExpert(Layout):
     def owns(self, key: str, tensor: Tensor) -> bool:
         return _KEY.fullmatch(key) is not None
 
-    def read(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> Experts:
+    def read(self, tensors: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]) -> Experts:
         found = defaultdict(dict)
         for key, tensor in tensors.items():
             if match := _KEY.fullmatch(key):

@@ -26,6 +26,7 @@ FIRST_UNSWAPPED_VERSION = "0.19.0"
 PARAMETERS = ("gate_up_proj", "down_proj")
 
 _KEY = key_pattern(r"experts(?P<inside>(\.base_layer)*)")
+_COLUMNS_OF_GATE = "{}.experts.gate_up_proj.columns_of_gate"
 _NAMES_OF_V4 = re.compile(r".*\.(gate|gate_proj|up_proj|down_proj)")
 """PEFT takes these among ``target_modules`` for names of experts in Transformers v4, wherever the module may be."""
 
@@ -34,7 +35,7 @@ class TargetParameters(Layout):
     def owns(self, key: str, tensor: Tensor) -> bool:
         return _KEY.fullmatch(key) is not None
 
-    def read(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> Experts:
+    def read(self, tensors: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]) -> Experts:
         matches = {key: match for key in tensors if (match := _KEY.fullmatch(key))}
         depth = {match["block"]: 0 for match in matches.values()}
         for match in matches.values():
@@ -55,9 +56,17 @@ class TargetParameters(Layout):
                 {
                     parameter: factors_of(f"{base_name(block)}.experts.{parameter}", A, B, config)
                     for parameter, (A, B) in stacked.items()
-                }
+                },
+                metadata.get(_COLUMNS_OF_GATE.format(block)),
             )
         return experts
+
+    def metadata(self, experts: Experts) -> dict[str, str]:
+        return {
+            _COLUMNS_OF_GATE.format(block): gate_up.record(projections.get("gate_proj"), projections.get("up_proj"))
+            for block, projections in experts.items()
+            if "gate_proj" in projections or "up_proj" in projections
+        }
 
     def arrange(self, projections: Projections) -> Projections:
         gate, up, down = (projections.get(name) for name in ("gate_proj", "up_proj", "down_proj"))
@@ -111,12 +120,12 @@ def _unfold(target: str, A: Tensor, B: Tensor, config: dict[str, Any]) -> tuple[
     return A.unflatten(0, (-1, rank)), B.unflatten(1, (rank, -1)).permute(2, 0, 1)
 
 
-def _apart(parameters: Projections) -> Projections:
+def _apart(parameters: Projections, columns_of_gate: Optional[str]) -> Projections:
     projections = {}
     if both := parameters.get("gate_up_proj"):
         if both.B.shape[1] % 2:
             raise ValueError(f"lora_B of gate_up_proj must have an even number of rows, got {tuple(both.B.shape)}")
-        projections["gate_proj"], projections["up_proj"] = gate_up.split(both)
+        projections["gate_proj"], projections["up_proj"] = gate_up.split(both, columns_of_gate)
     projections["down_proj"] = parameters.get("down_proj")
     return {name: factors for name, factors in projections.items() if factors is not None}
 
