@@ -221,6 +221,34 @@ def test_a_broken_checkpoint_is_refused_by_name(tmp_path, change, message):
     assert [path.name for path in tmp_path.iterdir()] == ["v4"]
 
 
+OTHER_MODELS = {
+    "one expert more": ({"num_experts": 4}, "num_experts 4, but the checkpoint has 3 experts"),
+    "one expert less, by another name": ({"num_local_experts": 2}, "num_local_experts 2, but .* 3 experts"),
+    "experts of the language model": ({"text_config": {"num_experts": 4}}, "num_experts 4"),
+    "a layer more": ({"num_hidden_layers": 4}, r"num_hidden_layers 4, but of layers \[3\] .* nothing"),
+    "layers of the language model": ({"text_config": {"num_hidden_layers": 5}}, r"layers \[3, 4\]"),
+}
+
+
+@pytest.mark.parametrize("config, message", OTHER_MODELS.values(), ids=OTHER_MODELS.keys())
+def test_a_checkpoint_of_another_model_than_its_configuration_is_refused(tmp_path, config, message):
+    """It has experts in layers 0 and 2, and a dense layer 1; the image tower's layers do not count."""
+    tower = {f"visual.layers.{l}.weight": torch.ones(1) for l in range(6)}
+    save(tmp_path / "v4", {**random_experts(layers=(0, 2)), **others(), **tower}, config=config)
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(tmp_path / "v4", tmp_path / "out", "stacked")
+    assert [path.name for path in tmp_path.iterdir()] == ["v4"]
+
+
+def test_layers_beside_those_of_the_configuration_are_converted(tmp_path):
+    """Those for multi-token prediction come after the others, or in a list of their own."""
+    want = random_experts(layers=(0, 1, 2))
+    want.update({key.replace("model.layers.2", "mtp.layers.0"): tensor.clone() for key, tensor in want.items()})
+    save(tmp_path / "v4", want, config={"num_experts": 3, "num_hidden_layers": 2})
+    convert_checkpoint(tmp_path / "v4", tmp_path / "out", "stacked", check=True)
+    assert_same_bits(want, by_expert(load(tmp_path / "out")))
+
+
 BROKEN_4_BIT = {
     "a missing statistic": (
         lambda t: {k: v for k, v in t.items() if "1.up_proj.weight.absmax" not in k},

@@ -3,15 +3,19 @@
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from .folder import read_json
 from .four_bit import STATISTIC, FourBit, read_four_bit
 from .shards import Shards
 from .weights import PROJECTIONS, WEIGHT_LAYOUTS, Matrix, Weight, parse
 
 Tensor = torch.Tensor
+
+CONFIG = "config.json"
+_LAYER = re.compile(r"(?P<owner>.*\b)layers\.(?P<index>\d+)\.")
 
 
 class Place(NamedTuple):
@@ -31,10 +35,11 @@ class Checkpoint:
         four_bit: of each tensor of experts that is in 4 bit, by its key, what bitsandbytes saved beside it.
         blocks: names of the modules that have experts, in the order of layers.
         sizes: (E, H, I)
+        config: what config.json has, nothing if there is none.
 
     Raises:
         FileNotFoundError, ValueError: as :class:`Shards` does, or experts are missing or of different sizes, or
-            quantized in another way.
+            quantized in another way, or not as many as config.json says.
     """
 
     def __init__(self, folder: Path):
@@ -62,6 +67,9 @@ class Checkpoint:
                 raise ValueError(f"{key} is neither an expert's weight nor a 4-bit statistic of bitsandbytes")
         self.blocks = sorted({matrix.block for matrix in self.places}, key=_natural)
         self.sizes = self._sizes(weights)
+        self.config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+        for config in (self.config, self.config.get("text_config")):
+            self._compare_with(config if isinstance(config, dict) else {})
 
     def _sizes(self, weights: list[Weight]) -> tuple[int, int, int]:
         count = 1 + max(matrix.expert for matrix in self.places)
@@ -82,6 +90,23 @@ class Checkpoint:
             if ((N, K) if projection == "down_proj" else (K, N)) != expected:
                 raise ValueError(f"{weight.key} is {weight.shape}, which does not fit {first} with H, I = {expected}")
         return (count, *expected)
+
+    def _compare_with(self, config: dict[str, Any]) -> None:
+        for name in ("num_experts", "num_local_experts"):
+            if config.get(name) not in (None, self.sizes[0]):
+                raise ValueError(f"{CONFIG} has {name} {config[name]}, but the checkpoint has {self.sizes[0]} experts")
+        # Beside its own layers a model may have others, for multi-token prediction or vision, in the same list or not.
+        layers = defaultdict(set)
+        for key in self.shards.stored:
+            if match := _LAYER.match(key):
+                layers[match["owner"]].add(int(match["index"]))
+        owners = {match["owner"] for block in self.blocks if (match := _LAYER.match(f"{block}."))}
+        found = max((layers[owner] for owner in owners), key=len, default=set())
+        count = config.get("num_hidden_layers")
+        if isinstance(count, int) and (missing := sorted(set(range(count)) - found)):
+            raise ValueError(
+                f"{CONFIG} has num_hidden_layers {count}, but of layers {missing} the checkpoint has nothing"
+            )
 
     def values(self, matrix: Matrix) -> Tensor:
         """(N*K,) of a dense matrix, finite; the packed bytes of one in 4 bit."""

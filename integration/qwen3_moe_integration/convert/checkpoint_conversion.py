@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import folder
-from .checkpoint import Checkpoint, check_finite
+from .checkpoint import CONFIG, Checkpoint, check_finite
 from .four_bit import NESTED, joint_state
 from .shards import DTYPES, INDEX, Output, Shards, write_shards
 from .weights import Matrix, Weight, weights
@@ -27,9 +27,8 @@ def convert(source: Path, target: Path, to: str, check: bool) -> None:
     outputs = list(_outputs(checkpoint, to))
     with tqdm(total=sum(output.size for output in outputs), unit="B", unit_scale=True, desc=f"writing {to}") as bar:
         write_shards(target, outputs, checkpoint.shards.largest, bar.update)
-    config = source / "config.json"
-    if config.is_file():
-        folder.write_json(target / "config.json", _config(folder.read_json(config), checkpoint, to))
+    if checkpoint.config:
+        folder.write_json(target / CONFIG, _config(checkpoint, to))
     folder.copy_companions(source, target, leave_out=INDEX)
     if check:
         assert_same(checkpoint, Checkpoint(target))
@@ -111,8 +110,9 @@ def _statistics(checkpoint: Checkpoint, weight: Weight) -> Iterable[Output]:
     yield tensor(f"quant_state.bitsandbytes__{state['quant_type']}", text)
 
 
-def _config(config: dict[str, Any], checkpoint: Checkpoint, to: str) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, to: str) -> dict[str, Any]:
     """config.json with the quantizer that reads experts in 4 bit in this layout."""
+    config = checkpoint.config
     quantization = config.get("quantization_config")
     if not checkpoint.four_bit or not isinstance(quantization, dict):
         return config
