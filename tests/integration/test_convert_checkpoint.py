@@ -338,20 +338,46 @@ def test_work_that_ends_between_two_files_leaves_the_source_and_no_target(tmp_pa
     assert_same_bits(want, load(tmp_path / "v4"))
 
 
-def test_check_finds_one_wrong_bit(tmp_path, monkeypatch):
-    save(tmp_path / "v4", random_experts())
+def with_one_bit_flipped(tensors, key):
+    tensors[key].flatten().view(torch.uint8)[0] ^= 1
+
+
+def with_another_dtype(tensors, key):
+    text = bytes(tensors[key].tolist()).replace(b"bfloat16", b"float16")
+    tensors[key] = torch.tensor([*text], dtype=torch.uint8)
+
+
+def without(tensors, beginning):
+    for key in [key for key in tensors if key.startswith(beginning)]:
+        del tensors[key]
+
+
+STACK = f"{BLOCK.format(10)}.experts.down_proj"
+DIFFERENCES = {
+    "an expert": (with_one_bit_flipped, STACK, r"10\.mlp\.down_proj\.0 is not what it was"),
+    "a scale": (with_one_bit_flipped, f"{STACK}.absmax", r"10\.mlp\.down_proj\.0 is not what it was"),
+    "a codebook": (with_one_bit_flipped, f"{STACK}.quant_map", r"10\.mlp\.down_proj\.0 is not what it was"),
+    "the dtype": (with_another_dtype, f"{STACK}.quant_state.bitsandbytes__nf4", r"10\.mlp\.down_proj\.0 is not what"),
+    "an embedding": (with_one_bit_flipped, "model.embed_tokens.weight", r"embed_tokens\.weight is not what it was"),
+    "a dropped key": (without, "a.buffer", "has other tensors"),
+    "a dropped block": (without, BLOCK.format(10), "has other tensors"),
+}
+
+
+@pytest.mark.parametrize("spoil, key, message", DIFFERENCES.values(), ids=DIFFERENCES.keys())
+def test_check_finds_one_wrong_bit(tmp_path, monkeypatch, spoil, key, message):
+    save(tmp_path / "v4", {**in_4_bit(random_experts(H=64)), **others()})
     copy = folder.copy_companions
 
-    def flip_a_bit(source, target, **options):
+    def spoil_and_copy(source, target, **options):
+        tensors = load_file(target / "model.safetensors")
+        spoil(tensors, key)
+        save_file(tensors, target / "model.safetensors")
         copy(source, target, **options)
-        with (target / "model.safetensors").open("r+b") as stream:
-            stream.seek(-1, os.SEEK_END)
-            last = stream.read(1)[0]
-            stream.seek(-1, os.SEEK_END)
-            stream.write(bytes([last ^ 1]))
 
-    monkeypatch.setattr(folder, "copy_companions", flip_a_bit)
-    with pytest.raises(ValueError, match="is not what it was"):
+    convert_checkpoint(tmp_path / "v4", tmp_path / "right", "stacked", check=True)
+    monkeypatch.setattr(folder, "copy_companions", spoil_and_copy)
+    with pytest.raises(ValueError, match=message):
         convert_checkpoint(tmp_path / "v4", tmp_path / "out", "stacked", check=True)
     assert not (tmp_path / "out").exists()
 
