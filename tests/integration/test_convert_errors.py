@@ -166,15 +166,32 @@ def test_a_target_that_exists_or_lies_in_the_source_is_refused(tmp_path):
     assert contents(source) == before and (tmp_path / "file").read_text() == "kept"
 
 
-def test_check_finds_one_wrong_expert(tmp_path, monkeypatch):
-    source = V4.save(tmp_path / "v4")
+LM_HEAD = "base_model.model.lm_head.weight"
+B_OF_ATTENTION = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+DIFFERENCES = {
+    "an expert": (
+        lambda t: {**t, B_OF_EXPERT: t[B_OF_EXPERT] * (1 + 1e-4)},
+        r"layers\.1\.mlp\.up_proj.*adds something else, relative difference 1\.0e-04",
+    ),
+    "a linear layer": (
+        lambda t: {**t, B_OF_ATTENTION: t[B_OF_ATTENTION] * (1 + 1e-4)},
+        r"layers\.0\.self_attn\.q_proj.*adds something else, relative difference 1\.0e-04",
+    ),
+    "a linear layer without an adapter": (
+        lambda t: without(t, B_OF_ATTENTION, B_OF_ATTENTION.replace("lora_B", "lora_A")),
+        r"layers\.0\.self_attn\.q_proj.*adds something else, relative difference inf",
+    ),
+    "a layer trained as a whole": (lambda t: {**t, LM_HEAD: t[LM_HEAD] + 1e-6}, f"{LM_HEAD} is not what it was"),
+    "a dropped key": (lambda t: without(t, LM_HEAD), rf"other tensors: \['{LM_HEAD}'\]"),
+}
 
-    def write_wrong(path, tensors, metadata):
-        key = B_OF_EXPERT
-        save_file({**tensors, key: tensors[key] * (1 + 1e-4)}, path)
 
-    monkeypatch.setattr(folder, "write_tensors", write_wrong)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj.*adds something else, relative difference 1\.0e-04"):
+@pytest.mark.parametrize("spoil, message", DIFFERENCES.values(), ids=DIFFERENCES.keys())
+def test_check_finds_one_difference(tmp_path, monkeypatch, spoil, message):
+    source = save(tmp_path / "v4", {**V4.tensors(), LM_HEAD: torch.randn(11, 7)}, V4.adapter_config())
+    convert_adapter(source, tmp_path / "right", "per-expert", check=True)
+    monkeypatch.setattr(folder, "write_tensors", lambda path, tensors, _: save_file(spoil(tensors), path))
+    with pytest.raises(ValueError, match=message):
         convert_adapter(source, tmp_path / "out", "per-expert", check=True)
     assert not (tmp_path / "out").exists()
     convert_adapter(source, tmp_path / "out", "per-expert")
