@@ -200,6 +200,10 @@ BROKEN = {
         r"experts\.1\.up_proj\.weight is \(\d+, \d+\), which does not fit",
     ),
     "NaN": (lambda t: {k: v * float("nan") if "1.up" in k else v for k, v in t.items()}, "up_proj.* not finite"),
+    "NaN beside experts": (
+        lambda t: {k: v.index_fill(0, torch.tensor(16), float("nan")) if "embed" in k else v for k, v in t.items()},
+        "embed_tokens.weight has values that are not finite",
+    ),
     "two dtypes": (lambda t: {k: v.half() if "1.up" in k else v for k, v in t.items()}, "one dtype"),
     "another quantization": (
         lambda t: {**t, f"{BLOCK.format(0)}.experts.0.up_proj.weight_scale_inv": torch.ones(1)},
@@ -278,6 +282,22 @@ def test_a_broken_4_bit_checkpoint_is_refused_by_name(tmp_path, change, message)
     save(tmp_path / "v4", change(in_4_bit(random_experts(H=64))))
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(tmp_path / "v4", tmp_path / "out", "stacked")
+
+
+@pytest.mark.parametrize(
+    "nested, to, named",
+    [
+        (False, "stacked", r"gate_up_proj\.absmax"),
+        (True, "stacked", r"gate_up_proj\.absmax"),  # decoded
+        (True, "per-expert", r"1\.up_proj\.weight\.nested_absmax"),  # passed on
+    ],
+)
+def test_4_bit_scales_that_are_not_finite_are_refused_by_name(tmp_path, nested, to, named):
+    tensors = in_4_bit(random_experts(H=64), nested=nested)
+    tensors[f"{BLOCK.format(10)}.experts.1.up_proj.weight.{'nested_' * nested}absmax"][-1] = float("nan")
+    save(tmp_path / "v4", tensors)
+    with pytest.raises(ValueError, match=f"10.*{named} has values that are not finite"):
+        convert_checkpoint(tmp_path / "v4", tmp_path / "out", to)
 
 
 def test_matrices_that_end_within_a_block_are_refused(tmp_path):

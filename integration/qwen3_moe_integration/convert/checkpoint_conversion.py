@@ -89,7 +89,10 @@ def _statistics(checkpoint: Checkpoint, weight: Weight) -> Iterable[Output]:
 
     def statistic(name: str) -> Iterable[Tensor]:
         for place in places:
-            yield shards.read(checkpoint.four_bit[place.key].keys[name], place.part, place.parts)
+            key = checkpoint.four_bit[place.key].keys[name]
+            values = shards.read(key, place.part, place.parts)
+            check_finite(key, values)
+            yield values
 
     def scales() -> Iterable[Tensor]:
         for matrix in weight.matrices:
