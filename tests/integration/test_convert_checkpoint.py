@@ -205,6 +205,14 @@ BROKEN = {
         "embed_tokens.weight has values that are not finite",
     ),
     "two dtypes": (lambda t: {k: v.half() if "1.up" in k else v for k, v in t.items()}, "one dtype"),
+    "fp8": (
+        lambda t: {k: v.to(torch.float8_e4m3fn) if ".experts." in k else v for k, v in t.items()},
+        "gate_up_proj: experts in F8_E4M3 are not supported",
+    ),
+    "an odd number of rows": (
+        lambda t: {f"{BLOCK.format(0)}.experts.gate_up_proj": torch.randn(3, 5, 8)},
+        r"gate_up_proj must have an even number of rows, gate's and up's, got \(3, 5, 8\)",
+    ),
     "another quantization": (
         lambda t: {**t, f"{BLOCK.format(0)}.experts.0.up_proj.weight_scale_inv": torch.ones(1)},
         "weight_scale_inv is neither",

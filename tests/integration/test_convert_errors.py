@@ -34,6 +34,10 @@ BROKEN = {
         lambda t: {k: v for k, v in t.items() if "0.mlp" not in k or "down_proj.lora_B" not in k},
         "no lora_B",
     ),
+    "A of a linear layer without B": (
+        lambda t: {k: v for k, v in t.items() if "q_proj.lora_B" not in k},
+        "q_proj has a lora_A but no lora_B",
+    ),
     "one B missing": (lambda t: without(t, B_OF_EXPERT), r"up_proj\.lora_B.*\[2\] are missing"),
     "another width in one expert": (lambda t: {**t, A_OF_EXPERT: torch.randn(4, 6)}, "one shape and dtype"),
     "another dtype in one expert": (lambda t: {**t, A_OF_EXPERT: t[A_OF_EXPERT].half()}, "one shape and dtype"),
@@ -76,6 +80,9 @@ def test_a_broken_adapter_is_refused_by_name(tmp_path, change, message, to):
         ({"peft_type": "IA3"}, "peft_type \"LORA\", got 'IA3'"),
         ({"use_dora": True}, "use_dora must be false"),
         ({"lora_bias": True}, "lora_bias must be false"),
+        ({"use_qalora": True}, "use_qalora must be false"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out must be false"),
+        ({"alpha_pattern": {"1.up_proj": 3}}, r"experts\.\*\.up_proj must have one alpha for all experts"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*base weights"),
         ({"r": 3}, r"0\.down_proj: adapter_config.json gives it rank 3, but lora_A is \(3, 4, 5\)"),
         ({"r": None}, "r must be a positive number, got None"),
@@ -102,6 +109,15 @@ def test_factors_of_peft_that_fit_no_model_are_refused(tmp_path, to):
         source = save(tmp_path / f"broken {len(changed[key.format('A')])}", {**tensors, **changed}, config)
         with pytest.raises(ValueError, match=message):
             convert_adapter(source, tmp_path / "out", to)
+
+
+def test_an_odd_number_of_rows_of_gate_up_proj_is_refused(tmp_path):
+    convert_adapter(V4Adapter(projections=("gate_proj", "up_proj")).save(tmp_path / "v4"), tmp_path / "peft", "peft")
+    tensors, config = load(tmp_path / "peft")
+    key = "base_model.model.model.layers.1.mlp.experts.lora_B.weight"
+    source = save(tmp_path / "odd", {**tensors, key: tensors[key][:-1]}, config)
+    with pytest.raises(ValueError, match=r"lora_B of gate_up_proj must have an even number of rows, got \(3, 9, 8\)"):
+        convert_adapter(source, tmp_path / "out", "per-expert")
 
 
 def test_pickled_weights_are_refused_by_name(tmp_path):
@@ -164,6 +180,20 @@ def test_a_target_that_exists_or_lies_in_the_source_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must not be inside"):
         convert_adapter(source, source / "out", "peft")
     assert contents(source) == before and (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_target_that_somebody_makes_meanwhile_is_kept(tmp_path, monkeypatch):
+    source, copy = V4.save(tmp_path / "v4"), folder.copy_companions
+
+    def copy_and_be_overtaken(*arguments):
+        copy(*arguments)
+        (tmp_path / "out").mkdir()
+
+    monkeypatch.setattr(folder, "copy_companions", copy_and_be_overtaken)
+    with pytest.raises(FileExistsError, match="out has been made by somebody else meanwhile"):
+        convert_adapter(source, tmp_path / "out", "peft")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "v4"]
+    assert not [*(tmp_path / "out").iterdir()]
 
 
 LM_HEAD = "base_model.model.lm_head.weight"
