@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 
@@ -364,6 +366,41 @@ def test_work_that_ends_between_two_files_leaves_the_source_and_no_target(tmp_pa
     assert written
     assert [path.name for path in tmp_path.iterdir()] == ["v4"]
     assert_same_bits(want, load(tmp_path / "v4"))
+
+
+@pytest.mark.parametrize(
+    "event, path",
+    [("open", ".unfinished/model-00002"), ("open", ".unfinished/tokenizer.json"), ("os.rename", ".unfinished")],
+    ids=["between weights", "after weights", "before the end"],
+)
+def test_a_killed_process_leaves_the_source_and_no_target_and_can_be_repeated(tmp_path, event, path):
+    """By SIGKILL, at what the interpreter reports to its audit hooks just before it does it."""
+    script = """
+import os, runpy, signal, sys
+
+event, path = sys.argv.pop(1), sys.argv.pop(1)
+
+def kill(name, arguments):
+    if name == event and path in str(arguments[0]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill)
+runpy.run_module("qwen3_moe_integration", run_name="__main__")
+"""
+    want = {**random_experts(), **others()}
+    arguments = [str(save(tmp_path / "v4", want, files=3)), str(tmp_path / "out"), "--to", "stacked", "--check"]
+    run = subprocess.run(
+        [sys.executable, "-c", script, event, path, "convert", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "integration")},
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    unfinished, _ = sorted(path.name for path in tmp_path.iterdir())
+    assert re.fullmatch(r"\.out\.[0-9a-f]{8}\.unfinished", unfinished)
+    assert_same_bits(want, load(tmp_path / "v4"))
+    assert main(["convert", *arguments]) == 0
+    assert_same_bits(want, by_expert(load(tmp_path / "out")))
 
 
 def with_one_bit_flipped(tensors, key):
