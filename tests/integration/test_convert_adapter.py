@@ -10,10 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qwen3_moe_integration.convert import ADAPTER_FORMATS, convert_adapter
 from tests.conftest import ROOT
+from tests.integration import peft_0_18
 from tests.integration.adapters import (
     EXPERT_PROJECTIONS,
     V4Adapter,
@@ -304,6 +305,16 @@ def test_adapters_of_peft_up_to_0_18_are_recognised_by_their_sizes_and_put_right
     convert_adapter(old, tmp_path / "back", "per-expert", check=True)
     want, got = load(source)[0], load(tmp_path / "back")[0]
     assert all(torch.equal(got[key], tensor) for key, tensor in want.items() if attention or "q_proj" not in key)
+
+
+@pytest.mark.parametrize("first", ADAPTER_FORMATS)
+def test_an_adapter_that_peft_0_18_saved_gives_the_logits_that_peft_0_18_computed(tmp_path, first):
+    convert_adapter(peft_0_18.ADAPTER, tmp_path / "first", first, check=True)
+    convert_adapter(tmp_path / "first", tmp_path / "peft", "peft", check=True)
+    want, base = load_file(peft_0_18.LOGITS), peft_0_18.base_model()
+    assert (base(want["input_ids"]).logits - want["logits"]).norm() > 0.1 * want["logits"].norm()
+    got = PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    assert_close("logits", want["logits"], got(want["input_ids"]).logits, 1e-5)
 
 
 @cases({**ONE_SCALING, **TWO_SCALINGS})
