@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
@@ -110,6 +111,22 @@ def by_expert(tensors):
         else:
             block = block if block.endswith(".experts") else f"{block}.experts"
             found.update({f"{block}.{e}.{name}.weight": matrix for e, matrix in enumerate(tensor)})
+    return found
+
+
+def stacked(tensors):
+    """The weights of experts by the names they have in Transformers 5."""
+    stacks = defaultdict(list)
+    for key, tensor in tensors.items():
+        owner, _, name = key.removesuffix(".weight").rsplit(".", 2)
+        stacks[owner, name].append(tensor)
+    found = {}
+    for (owner, name), matrices in stacks.items():
+        if name == "down_proj":
+            found[f"{owner}.down_proj"] = torch.stack(matrices)
+        elif name == "gate_proj":
+            both = zip(matrices, stacks[owner, "up_proj"])
+            found[f"{owner}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in both])
     return found
 
 
@@ -447,8 +464,10 @@ def test_check_finds_one_wrong_bit(tmp_path, monkeypatch, spoil, key, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_memory_stays_under_two_shards_and_does_not_grow_with_the_model(tmp_path):
-    """8 layers of 12.6 MB in shards of about 12.6 MB, converted in a process that reports its peak."""
+@pytest.mark.parametrize("first, to", [("per-expert", "stacked"), ("stacked", "per-expert")])
+@pytest.mark.parametrize("pack", [lambda tensors: tensors, in_4_bit], ids=["dense", "4 bit"])
+def test_memory_stays_under_one_stack_of_experts(tmp_path, first, to, pack):
+    """2 layers in 2 files, converted in a process that reports its peak."""
     script = """
 import re, sys
 from qwen3_moe_integration.convert import convert_checkpoint
@@ -456,27 +475,31 @@ from qwen3_moe_integration.convert import convert_checkpoint
 def bytes_of(field):
     return 1024 * int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 
-small, large, folder = sys.argv[1:]
-convert_checkpoint(small, folder + "/small out", "stacked", check=True)  # everything is loaded and allocated once
+small, large, folder, to = sys.argv[1:]
+convert_checkpoint(small, folder + "/small out", to, check=True)  # everything is loaded and allocated once
 open("/proc/self/clear_refs", "w").write("5")  # the peak is now what is in memory
 before = bytes_of("VmRSS")
-convert_checkpoint(large, folder + "/large out", "stacked", check=True)
+convert_checkpoint(large, folder + "/large out", to, check=True)
 print(bytes_of("VmHWM") - before)
 """
-    large = random_experts(H=512, I=256, E=16, layers=range(8))
-    save(tmp_path / "small", random_experts(H=512, I=256, E=2))
-    save(tmp_path / "large", large, files=8)
-    shard = max(file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors"))
+    sizes = {"H": 1024, "I": 512}
+    small, large = random_experts(**sizes, E=2), random_experts(**sizes, E=16, layers=range(2))
+    if first == "stacked":
+        small, large = stacked(small), stacked(large)
+    large = pack(large)
+    save(tmp_path / "small", pack(small))
+    save(tmp_path / "large", large, files=2)
+    stack = sum(tensor.nbytes for key, tensor in large.items() if "layers.1" in key and "down_proj" in key)
     run = subprocess.run(
-        [sys.executable, "-c", script, *map(str, (tmp_path / "small", tmp_path / "large", tmp_path))],
+        [sys.executable, "-c", script, *map(str, (tmp_path / "small", tmp_path / "large", tmp_path, to))],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT / "integration")},
     )
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) < shard, f"{run.stdout} bytes more for shards of {shard}"
-    assert "writing stacked" in run.stderr
-    assert_same_bits(large, by_expert(load(tmp_path / "large out")))
+    assert int(run.stdout) < stack, f"{run.stdout} bytes more for stacks of {stack}"
+    assert f"writing {to}" in run.stderr
+    assert_same_bits(by_expert(decoded(large)), by_expert(decoded(load(tmp_path / "large out"))))
 
 
 def test_the_command_line_converts_a_checkpoint_and_names_errors(tmp_path, capsys):
