@@ -1,4 +1,4 @@
-"""What the converter refuses, and that it leaves nothing half-done: by name, with the source untouched."""
+"""What the converter refuses of an adapter, and that it leaves nothing half-done: by name, the source untouched."""
 
 import hashlib
 import json
