@@ -1,5 +1,6 @@
-"""What is left of the host's memory, or, in a container, of what that may have of it."""
+"""How much of the host's memory can be pinned: what is left of it, or of what a container may have."""
 
+import platform
 import re
 from pathlib import Path
 
@@ -14,8 +15,11 @@ VERSIONS = (
 the asking, pages of files that nobody reads."""
 
 
-def available() -> int:
-    """Bytes that this process can still get without swapping, nor being killed for its container's limit."""
+def pinnable() -> int:
+    """Bytes that this process can still pin without being killed for its container's limit. Under WSL none: the driver
+    sets a limit there that nobody can ask for, and that may be half a GB."""
+    if "microsoft" in platform.release().lower():
+        return 0
     sizes = [psutil.virtual_memory().available]
     for limit, used, kinds, cache in VERSIONS:
         try:

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 
 import torch
-from host_memory import available
+from host_memory import pinnable
 from kernelized import DEVICE
 from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator
 
@@ -55,9 +55,9 @@ def plan_for(options: argparse.Namespace) -> Plan:
 
 
 def host_has(size: float) -> bool:
-    """Whether ``size`` bytes a process are at most half of what is left of the host's memory."""
+    """Whether ``size`` bytes a process are at most half of what the host can pin."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun and accelerate
-    return size * processes <= available() / 2
+    return size * processes <= pinnable() / 2
 
 
 def training_arguments() -> dict:

@@ -1,4 +1,4 @@
-"""What a process may still take of the host is the least of what the host has and what its container may have."""
+"""What a process may still pin of the host is the least of what the host has and what its container may have."""
 
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,6 +17,7 @@ def host_memory(tmp_path, monkeypatch) -> ModuleType:
     import host_memory
 
     monkeypatch.setattr(host_memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr("platform.release", lambda: "6.8.0-generic")
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100 * MIB))
     return host_memory
 
@@ -31,19 +32,24 @@ def limit(folder: Path, version: int, of: str, used: int, cached: int) -> None:
 
 
 def test_without_a_container_it_is_what_the_host_has(host_memory):
-    assert host_memory.available() == 100 * MIB
+    assert host_memory.pinnable() == 100 * MIB
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_container_may_have_less(host_memory, tmp_path, version):
     limit(tmp_path, version, str(50 * MIB), used=30 * MIB, cached=4 * MIB)
-    assert host_memory.available() == 24 * MIB
+    assert host_memory.pinnable() == 24 * MIB
     limit(tmp_path, version, str(500 * MIB), used=30 * MIB, cached=4 * MIB)
-    assert host_memory.available() == 100 * MIB
+    assert host_memory.pinnable() == 100 * MIB
     limit(tmp_path, version, str(50 * MIB), used=51 * MIB, cached=0)
-    assert host_memory.available() == 0
+    assert host_memory.pinnable() == 0
 
 
 def test_a_container_without_a_limit_has_what_the_host_has(host_memory, tmp_path):
     limit(tmp_path, 2, "max", used=30 * MIB, cached=4 * MIB)
-    assert host_memory.available() == 100 * MIB
+    assert host_memory.pinnable() == 100 * MIB
+
+
+def test_under_wsl_there_is_none(host_memory, monkeypatch):
+    monkeypatch.setattr("platform.release", lambda: "5.15.167.4-microsoft-standard-WSL2")
+    assert host_memory.pinnable() == 0
