@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -296,7 +295,7 @@ def test_experts_that_do_not_fit_are_offloaded_if_the_host_has_memory_for_them(d
         step = plan("--gpu-memory", str(gib)).step
         return step.keep, step.offload
 
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=available))
+    monkeypatch.setattr("memory.pinnable", lambda: available)
     assert chosen(on_gpu * 1.031) == (both, ())
     assert chosen(on_gpu * 1.029) == chosen(offloaded.peak / 2**30 * 1.031) == (both, ("experts",))
     assert chosen(offloaded.peak / 2**30 * 1.029) == (("attention",), ())
