@@ -9,9 +9,8 @@ NF4 weights with double quantization, LoRA on attention and all experts, gradien
 Adam, one sequence a step. --gpu-memory caps what the process may allocate, less the context, as a card of that size
 would. --graphs has layers run in CUDA graphs, which --keep what they are told to from forward to backward; of that,
 what --offload names waits in host memory. The same tokens come back every step, so the loss must fall; the run fails if
-it does not. --stock is Transformers and PEFT as
-they are: experts in bf16 by grouped_mm, W + BA built for all of them. Writes train_step-*.json and train_step-*.md into
---out.
+it does not. --stock is Transformers and PEFT as they are: experts in bf16 by grouped_mm, W + BA built for all of them.
+Writes train_step-*.json and train_step-*.md into --out.
 """
 
 from __future__ import annotations

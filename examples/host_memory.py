@@ -16,9 +16,9 @@ the asking, pages of files that nobody reads."""
 
 
 def pinnable() -> int:
-    """Bytes that this process can still pin without being killed for its container's limit. Under WSL none: the driver
-    sets a limit there that nobody can ask for, and that may be half a GB."""
-    if "microsoft" in platform.release().lower():
+    """Bytes that this process can still pin without being killed for its container's limit. None but on Linux, and
+    none under WSL: the driver sets a limit there that nobody can ask for, and that may be half a GB."""
+    if platform.system() != "Linux" or "microsoft" in platform.release().lower():
         return 0
     sizes = [psutil.virtual_memory().available]
     for limit, used, kinds, cache in VERSIONS:

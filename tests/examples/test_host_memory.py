@@ -17,6 +17,7 @@ def host_memory(tmp_path, monkeypatch) -> ModuleType:
     import host_memory
 
     monkeypatch.setattr(host_memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr("platform.system", lambda: "Linux")
     monkeypatch.setattr("platform.release", lambda: "6.8.0-generic")
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100 * MIB))
     return host_memory
@@ -50,6 +51,9 @@ def test_a_container_without_a_limit_has_what_the_host_has(host_memory, tmp_path
     assert host_memory.pinnable() == 100 * MIB
 
 
-def test_under_wsl_there_is_none(host_memory, monkeypatch):
-    monkeypatch.setattr("platform.release", lambda: "5.15.167.4-microsoft-standard-WSL2")
+@pytest.mark.parametrize(
+    ("what", "value"), [("platform.release", "5.15.167.4-microsoft-standard-WSL2"), ("platform.system", "Windows")]
+)
+def test_under_wsl_and_on_other_systems_there_is_none(host_memory, monkeypatch, what, value):
+    monkeypatch.setattr(what, lambda: value)
     assert host_memory.pinnable() == 0

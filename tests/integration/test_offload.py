@@ -4,6 +4,7 @@ no copy that is not needed."""
 import copy
 import gc
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -283,6 +284,15 @@ def test_a_layer_without_experts_on_the_kernel_offloads_what_it_has(source, monk
 def test_what_is_not_kept_cannot_be_offloaded():
     with pytest.raises(ValueError, match=r"offload must hold names among those of keep, \['attention'\], got \['exp"):
         enable_graphed_checkpointing(QWEN3.build(), keep=["attention"], offload=["experts"])
+
+
+def test_host_memory_that_cannot_be_pinned_is_an_error_that_names_it(monkeypatch):
+    asked = []
+    refuses = SimpleNamespace(cudaHostRegister=lambda *what: asked.append(what) or 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refuses)
+    with pytest.raises(RuntimeError, match=r"1000 bytes of host memory could not be pinned .* offload less"):
+        Offloaded._pinned(object(), 1000)
+    assert [size for _, size, _ in asked] == [1000]
 
 
 WIDE = {
