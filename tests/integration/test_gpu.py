@@ -5,7 +5,16 @@ import torch
 from torch import nn
 
 from qwen3_moe_integration import kernelize_model
-from tests.integration.models import QWEN3, SIZES, ExpertsCalls, assert_same_training, generated, stock_twin, tokens
+from tests.integration.models import (
+    GPU_RATIO,
+    QWEN3,
+    SIZES,
+    ExpertsCalls,
+    assert_same_training,
+    generated,
+    stock_twin,
+    tokens,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -19,7 +28,6 @@ WIDE = {
 }
 EVERY_EXPERT = {**WIDE, "num_experts_per_tok": SIZES["num_experts"]}
 """All experts for all tokens: in bf16 a router near a tie would take other experts, whoever computes them."""
-FP32_RATIO = 5e-5
 
 
 def results(model: nn.Module, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -75,7 +83,7 @@ def test_fp32_trains_as_stock(source):
     model = QWEN3.build(**WIDE).to(DEVICE)
     stock = stock_twin(model)
     kernelize_model(model, kernel=source)
-    assert_same_training(model, stock, length=200, ratio=FP32_RATIO)
+    assert_same_training(model, stock, length=200, ratio=GPU_RATIO)
 
 
 @pytest.mark.parametrize("route", ["kernelized", "interface"])
@@ -97,7 +105,7 @@ def test_a_whole_model_compiles_in_one_graph_and_trains(source):
     stock = stock_twin(model)
     compiled = torch.compile(kernelize_model(model, kernel=source), fullgraph=True, dynamic=True)
     for length in (17, 64, 150):
-        assert_same_training(model, stock, compiled, length, FP32_RATIO)
+        assert_same_training(model, stock, compiled, length, GPU_RATIO)
 
 
 @pytest.mark.parametrize("route", ["kernelized", "interface"])

@@ -5,10 +5,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.integration import quantized
 
-from .ranks import run_on_ranks, start_server
+from .ranks import run_on_gpus, run_on_ranks, start_server
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +34,11 @@ def on_ranks(server, seed) -> Callable:
 @pytest.fixture
 def on_two_ranks(on_ranks) -> Callable:
     return partial(on_ranks, 2)
+
+
+@pytest.fixture
+def on_two_gpus(seed, tmp_path) -> Callable:
+    """``on_two_gpus(function, *arguments)``, with ``device="cuda"`` beside the arguments."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    return partial(run_on_gpus, 2, seed=seed, address=f"file://{tmp_path / 'meeting'}")

@@ -1,10 +1,11 @@
 """Runs a function on several ranks: processes of their own, joined by gloo, on the CPU.
 
 They are forked from a server that has imported the libraries and done nothing else: a rank starts at once, and with no
-state that another test left.
+state that another test left. On GPUs they are spawned, and joined by NCCL.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import socket
@@ -54,6 +55,25 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any,
         for process in processes:
             process.kill()
             process.join()
+
+
+def run_on_gpus(world_size: int, function: Callable, *arguments: Any, seed: int, address: str) -> None:
+    """``function(*arguments, device="cuda")`` on as many GPUs, whose ranks meet at ``address``.
+
+    Raises:
+        ProcessRaisedException, ProcessExitedException: a rank raised an exception or died.
+    """
+    torch.multiprocessing.spawn(_gpu_rank, (world_size, address, seed, function, *arguments), nprocs=world_size)
+
+
+def _gpu_rank(rank: int, world_size: int, address: str, seed: int, function: Callable, *arguments: Any) -> None:
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    distributed.init_process_group("nccl", init_method=address, rank=rank, world_size=world_size, device_id=device)
+    torch.manual_seed(seed)
+    function(*arguments, device="cuda")
+    gc.collect()  # a communicator outlives the graphs that use it
+    distributed.destroy_process_group()
 
 
 def _collect(pipes: list[connection.Connection]) -> list[Any]:

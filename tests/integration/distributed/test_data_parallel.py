@@ -18,8 +18,8 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in training.trained(model).items()}
 
 
-def train(source, checkpoint, kind: str, checkpointing: bool, micro_batches: int) -> None:
-    alone, model = training.twins(kind, source, checkpoint)
+def train(source, checkpoint, kind: str, checkpointing: bool, micro_batches: int, device: str = "cpu") -> None:
+    alone, model = (each.to(device) for each in training.twins(kind, source, checkpoint))
     if checkpointing:
         training.with_checkpointing(model)
     parallel = DistributedDataParallel(model)
@@ -28,7 +28,7 @@ def train(source, checkpoint, kind: str, checkpointing: bool, micro_batches: int
         model.zero_grad()
         with ExpertsCalls() if counted else nullcontext() as calls:
             for last in [False] * (micro_batches - 1) + [True]:
-                batch, share = training.batch_and_share(2, SHORT)
+                batch, share = training.batch_and_share(2, SHORT, device)
                 with nullcontext() if last else parallel.no_sync():
                     (training.loss(parallel, share) / micro_batches).backward()
                 (training.loss(alone, batch) / micro_batches).backward()
@@ -45,3 +45,8 @@ def test_gradients_are_those_of_one_process_on_the_joined_batch(
     on_two_ranks, source, checkpoint, kind, checkpointing, micro_batches
 ):
     on_two_ranks(train, source, checkpoint, kind, checkpointing, micro_batches)
+
+
+@pytest.mark.gpu
+def test_gradients_are_those_of_one_process_on_two_gpus(on_two_gpus, source, checkpoint):
+    on_two_gpus(train, source, checkpoint, "4 bit", True, 2)

@@ -33,14 +33,16 @@ def shard(model: nn.Module, wrapped: str, **settings: Any) -> nn.Module:
     return fully_shard(model, **settings)
 
 
-def train(source, checkpoint, kind: str, wrapped: str, checkpointing: Optional[Callable] = None) -> None:
-    alone, model = training.twins(kind, source, checkpoint)
+def train(
+    source, checkpoint, kind: str, wrapped: str, checkpointing: Optional[Callable] = None, device: str = "cpu"
+) -> None:
+    alone, model = (each.to(device) for each in training.twins(kind, source, checkpoint))
     if checkpointing:
         checkpointing(model)
     shard(model, wrapped)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     for counted in (True, False):  # the second step reads what the first has changed
-        batch, share = training.batch_and_share()
+        batch, share = training.batch_and_share(device=device)
         with ExpertsCalls() if counted else nullcontext() as calls:
             got = training.step(model, share)
         if counted:
@@ -62,6 +64,11 @@ def test_training_is_that_of_one_process(on_two_ranks, source, checkpoint, kind,
 @pytest.mark.parametrize("wrapped", ["layers", "experts"])
 def test_training_with_checkpointing_is_that_of_one_process(on_two_ranks, source, checkpoint, kind, wrapped):
     on_two_ranks(train, source, checkpoint, kind, wrapped, training.with_checkpointing)
+
+
+@pytest.mark.gpu
+def test_training_is_that_of_one_process_on_two_gpus(on_two_gpus, source, checkpoint):
+    on_two_gpus(train, source, checkpoint, "4 bit", "layers", training.with_checkpointing)
 
 
 def in_graphs(model: nn.Module) -> None:

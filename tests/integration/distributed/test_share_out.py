@@ -1,10 +1,9 @@
 """Experts shared out over two ranks, with their adapters: they train as one process does, and leave the same files."""
 
 import copy
-import gc
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
@@ -164,24 +163,6 @@ def train_padded(source, checkpoint, device: str = "cpu") -> None:
 def test_ranks_of_which_one_has_padding_run_other_graphs(on_two_ranks, source, checkpoint):
     """A layer gets no mask for attention where nothing is padded: what one rank has recorded, another may not have."""
     on_two_ranks(train_padded, source, checkpoint)
-
-
-def on_gpu(rank: int, address: str, seed: int, function: Callable, *arguments) -> None:
-    torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank)
-    distributed.init_process_group("nccl", init_method=address, rank=rank, world_size=2, device_id=device)
-    torch.manual_seed(seed)
-    function(*arguments, device="cuda")
-    gc.collect()  # a communicator outlives the graphs that use it
-    distributed.destroy_process_group()
-
-
-@pytest.fixture
-def on_two_gpus(seed, tmp_path) -> Callable:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
-    address = f"file://{tmp_path / 'meeting'}"
-    return lambda *arguments: multiprocessing.spawn(on_gpu, (address, seed, *arguments), nprocs=2)
 
 
 @pytest.mark.gpu
