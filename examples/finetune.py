@@ -23,7 +23,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from kernelized import DEVICE, load_model
-from memory import collate_for_liger, host_has, plan_for, training_arguments
+from memory import apply_liger_layers, collate_for_liger, host_has, plan_for, training_arguments
 from peft import LoraConfig, get_peft_model
 from plots import Clock, plot_losses, plot_throughput
 from tiny_checkpoint import small_model, texts
@@ -206,6 +206,7 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, 
         "save_steps": options.save_every,
         "save_total_limit": 2,
         "logging_steps": max(1, min(10, options.steps // 10)),
+        "logging_nan_inf_filter": False,  # it waits for the GPU in each step, which then waits for the host
         "gradient_checkpointing": options.gradient_checkpointing and not options.graphs,
         "bf16": ON_GPU,
         "use_cpu": not ON_GPU,
@@ -225,11 +226,12 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, 
 
         kind, config = SFTTrainer, SFTConfig
         collator = None  # its own adds the attention mask that it counts tokens by
-        arguments.pop("use_liger_kernel", None)  # it has a loss of its own
+        if arguments.pop("use_liger_kernel", False):  # of which it has a loss of its own
+            apply_liger_layers(model)
         arguments |= {"max_length": options.seq_len, "dataset_kwargs": {"skip_prepare_dataset": True}}
         if options.graphs:
             arguments["router_aux_loss_coef"] = 0.0  # routers are frozen, and graphs do not record their logits
-    return kind(
+    trainer = kind(
         model=model,
         args=config(**arguments),
         train_dataset=train,
@@ -238,6 +240,9 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, 
         data_collator=collator,
         optimizer_cls_and_kwargs=optimizer,
     )
+    # So it does to count a batch's tokens. All sequences have as many, so that the batch's mean is that of the tokens.
+    trainer.model_accepts_loss_kwargs = False
+    return trainer
 
 
 def save(trainer: Trainer, folder: Path) -> None:

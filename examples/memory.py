@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from host_memory import pinnable
 from kernelized import DEVICE
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator
 
 from qwen3_moe_integration.kept import KEEPABLE
@@ -41,7 +42,7 @@ def plan_for(options: argparse.Namespace) -> Plan:
         keep=tuple(options.keep or ()),
         offload=tuple(options.offload),
         chunked_loss=LIGER or options.trainer == "sft",
-        liger=LIGER and options.trainer != "sft",
+        liger=LIGER,
         byte_permutes=torch.version.hip is None and (DEVICE == "cpu" or torch.cuda.get_device_capability() >= (8, 0)),
     )
     memory = options.gpu_memory * GIB if options.gpu_memory else torch.cuda.get_device_properties(0).total_memory
@@ -58,6 +59,16 @@ def host_has(size: float) -> bool:
     """Whether ``size`` bytes a process are at most half of what the host can pin."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun and accelerate
     return size * processes <= pinnable() / 2
+
+
+def apply_liger_layers(model: PeftModel) -> None:
+    """Liger's norms and rotary embeddings, where it is installed, for a trainer that has a loss of its own."""
+    if LIGER:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
+
+        apply_liger_kernel_to_qwen3_moe(
+            model=model.get_base_model(), swiglu=False, cross_entropy=False, fused_linear_cross_entropy=False
+        )
 
 
 def training_arguments() -> dict:

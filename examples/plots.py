@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import matplotlib
+import torch
 from transformers import TrainerCallback
 
 matplotlib.use("Agg")
@@ -13,6 +14,8 @@ from matplotlib import pyplot
 class Clock(TrainerCallback):
     """Tokens a second between two entries of the log; evaluation and saving do not count.
 
+    The host is ahead of the GPU, so what counts is the time from the first step's begin to the GPU's end of the last.
+
     Attributes:
         points: (step, tokens a second).
     """
@@ -20,17 +23,23 @@ class Clock(TrainerCallback):
     def __init__(self, tokens_a_step: int) -> None:
         self.tokens_a_step = tokens_a_step
         self.points: list[tuple[int, float]] = []
+        self.began: float | None = None
         self.seconds, self.steps = 0.0, 0
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self.began = time.perf_counter()
+        if self.began is None:
+            self.began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.seconds += time.perf_counter() - self.began
         self.steps += 1
+        if control.should_log or control.should_evaluate or control.should_save:  # which wait for the GPU, too
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds += time.perf_counter() - self.began
+            self.began = None
 
     def on_log(self, args, state, control, **kwargs) -> None:
-        if self.steps:  # the loss that is being logged has waited for the GPU
+        if self.steps and self.began is None:
             self.points.append((state.global_step, self.steps * self.tokens_a_step / self.seconds))
             self.seconds, self.steps = 0.0, 0
 
