@@ -39,7 +39,7 @@ def generate(kernel_dir, tmp_path_factory):
 def test_4_bit_weights_generate_take_less_memory_and_say_the_same_when_saved(generate, tmp_path):
     full = generate("--bits", 16)
     first = generate("--save", tmp_path / "saved")
-    again = generate("--model", tmp_path / "saved")
+    again = generate("--model", tmp_path / "saved", "--compile")
     assert "bitsandbytes_moe" in (tmp_path / "saved" / "config.json").read_text()
     for printed in (full, first, again):
         assert "Kernel: 3 Mixture-of-Experts layers" in printed

@@ -146,6 +146,11 @@ class MoeBitsAndBytesQuantizer(Bnb4BitHfQuantizer):
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         return super()._process_model_after_weight_loading(model, **kwargs)
 
+    @property
+    def is_compileable(self) -> bool:
+        """With a static cache, ``generate`` compiles what a token takes; neither bitsandbytes nor the kernel breaks it."""
+        return True
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
         """Called when ``save_pretrained`` begins; what it returns goes into every file of weights."""
         self.quantization_config.save_id = new_save_id()
