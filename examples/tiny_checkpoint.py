@@ -20,11 +20,15 @@ def texts() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
+def train_tokenizer(vocabulary: int) -> Qwen2Tokenizer:
+    return Qwen2Tokenizer().train_new_from_iterator(texts(), vocab_size=vocabulary, show_progress=False)
+
+
 def make_checkpoint(folder: Path) -> None:
     """Writes the checkpoint to ``folder``, which appears only when it is complete."""
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts(), vocab_size=VOCABULARY, show_progress=False)
+    tokenizer = train_tokenizer(VOCABULARY)
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer),

@@ -148,7 +148,7 @@ class MoeBitsAndBytesQuantizer(Bnb4BitHfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """With a static cache, ``generate`` compiles what a token takes; neither bitsandbytes nor the kernel breaks it."""
+        """With a static cache, ``generate`` compiles what a token takes: bitsandbytes and the kernel let it."""
         return True
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
