@@ -24,6 +24,7 @@ from tests.integration.quantized import (
 
 STACK = "model.layers.1.mlp.experts.gate_up_proj"
 BLOB = f"{STACK}.quant_state.bitsandbytes__nf4"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture
@@ -158,10 +159,18 @@ def shortened(key):
     return lambda tensors: tensors.update({key: tensors[key][:-1].clone()})
 
 
+def cast(key, dtype=torch.float16):
+    return lambda tensors: tensors.update({key: tensors[key].to(dtype)})
+
+
+def without(*keys):
+    return lambda tensors: [tensors.pop(key) for key in keys]
+
+
 DAMAGE = [
-    (lambda tensors: tensors.pop(f"{STACK}.absmax"), f"{STACK} is in 4 bit, but the checkpoint has no absmax of it"),
-    (lambda tensors: tensors.pop(BLOB), f"{STACK} is in 4 bit, but the checkpoint has no quant_state of it"),
-    (lambda tensors: tensors.pop(STACK), f"{STACK}: the checkpoint has 0 tensors .*, but 1 absmax"),
+    (without(f"{STACK}.absmax"), f"{STACK} is in 4 bit, but the checkpoint has no absmax of it"),
+    (without(BLOB), f"{STACK} is in 4 bit, but the checkpoint has no quant_state of it"),
+    (without(STACK), f"{STACK}: the checkpoint has 0 tensors .*, but 1 absmax"),
     (
         lambda tensors: [tensors.pop(key) for key in [*tensors] if key.startswith(STACK)],
         f"{STACK}: the checkpoint has nothing of it",
@@ -171,16 +180,30 @@ DAMAGE = [
         "model.layers.1.self_attn.v_proj.weight: the checkpoint has nothing of it",
     ),
     (shortened(STACK), f"{STACK}: 6143 bytes instead of 6144"),
-    (shortened(f"{STACK}.absmax"), f"{STACK}: 191 absmax instead of 192"),
-    (shortened(f"{STACK}.nested_quant_map"), f"{STACK}: 255 nested_quant_map instead of 256"),
-    (rewritten(shape=[8, 24, 32]), f"{STACK}: .*12288 bytes|{STACK}: 192 absmax instead of 96"),
+    (shortened(f"{STACK}.absmax"), f"{STACK}: 191 absmax of torch.uint8 instead of 192 of torch.uint8"),
+    (shortened(f"{STACK}.nested_quant_map"), f"{STACK}: 255 nested_quant_map of torch.float32 instead of 256 of"),
+    (rewritten(shape=[8, 24, 32]), f"{STACK}: 192 absmax of torch.uint8 instead of 96 .*, 6144 bytes instead of 3072"),
     (rewritten(shape=[8, 32, 48]), rf"{STACK}: its parts must make up \(8, 48, 32\), got 1 of \(8, 32, 48\)"),
     (rewritten(quant_type="int4"), f"{STACK}: its quant_type must be one of .*, got 'int4'"),
     (rewritten(blocksize=100), f"{STACK}: its blocksize must be one of .*, got 100"),
+    (rewritten(dtype="float64"), f"{STACK}: its dtype must be one of .*, got 'float64'"),
+    (rewritten(nested_blocksize=0), f"{STACK}: its nested_blocksize must be one of .*, got 0"),
+    (rewritten(nested_offset=None), f"{STACK}: its nested_offset must be a number, got None"),
+    (rewritten(shape=None), f"{STACK}: its shape must be a list of two sizes or more, got None"),
+    (rewritten(shape=[-8, -48, 32]), rf"{STACK}: its shape must be a list .*, got \[-8, -48, 32\]"),
+    (rewritten(quant_type="fp4"), f"{STACK}: its quant_map is not that of fp4"),
+    (cast(f"{QUERY}.absmax"), f"{QUERY}: 16 absmax of torch.float16 instead of 16 of torch.uint8"),
+    (cast(f"{QUERY}.quant_map"), f"{QUERY}: 16 quant_map of torch.float16 instead of 16 of torch.float32"),
+    (cast(f"{QUERY}.nested_absmax"), f"{QUERY}: 1 nested_absmax of torch.float16 instead of 1 of torch.float32"),
+    (without(f"{QUERY}.nested_absmax"), f"{QUERY}: 0 nested_absmax of .* instead of 1"),
+    (
+        without(f"{QUERY}.nested_absmax", f"{QUERY}.nested_quant_map"),
+        f"{QUERY}: 16 absmax of torch.uint8 instead of 16",
+    ),
     (lambda tensors: tensors.update({BLOB: tensors[BLOB][3:].clone()}), f"{STACK}: its quant_state cannot be read"),
     (
-        lambda tensors: tensors.pop("model.layers.0.self_attn.q_proj.weight.quant_map"),
-        "model.layers.0.self_attn.q_proj.weight is in 4 bit, but the checkpoint has no quant_map of it",
+        without(f"{QUERY}.quant_map"),
+        f"{QUERY} is in 4 bit, but the checkpoint has no quant_map of it",
     ),
     (
         lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}),
@@ -194,6 +217,15 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_tensor(quantized, damag
     edit(quantized[1], damage)
     with pytest.raises(ValueError, match=message):
         load(quantized[1])
+
+
+@pytest.mark.parametrize("name", [STACK, QUERY])
+def test_packed_weights_that_were_cast_as_if_they_were_numbers_are_an_error(registered, tmp_path, name):
+    checkpoint(tmp_path / "full")
+    load(tmp_path / "full", PLAIN_FP4).save_pretrained(tmp_path / "quantized")
+    edit(tmp_path / "quantized", cast(name))
+    with pytest.raises(ValueError, match=f"{name} must be stored as torch.bfloat16, .*, got torch.float16"):
+        load(tmp_path / "quantized")
 
 
 @pytest.mark.compat

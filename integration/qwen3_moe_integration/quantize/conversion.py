@@ -97,7 +97,7 @@ class Reader(_Converter):
     def _is_plain(self) -> bool:
         return all(pattern.endswith("$") for pattern in self.collected_tensors)
 
-    def _read(self, name: str) -> list[list[Params4bit]]:
+    def _read(self, name: str, storage: torch.dtype) -> list[list[Params4bit]]:
         """Of each pattern that was found, the tensors in the order of their names."""
         found, read = self.materialize_tensors(), []
         for pattern in (each[:-1] for each in self.source_patterns if each.endswith("$")):
@@ -117,6 +117,7 @@ class Reader(_Converter):
                         f"{name} ({pattern.replace('*', str(i))})" if "*" in pattern else name,
                         weight,
                         {key: tensors[i] for key, tensors in entries.items()},
+                        storage,
                     )
                     for i, weight in enumerate(weights)
                 ]
@@ -142,7 +143,8 @@ class ReadStack(Reader):
             return {layer_name: quantize_stack(layer_name, experts, shape, hf_quantizer.quantization_config)}
         if shape is None:
             raise ValueError(f"{layer_name} is in 4 bit, but was to stay as it is: see llm_int8_skip_modules")
-        return {layer_name: join_stacks(layer_name, self._read(layer_name), shape)}
+        storage = hf_quantizer.quantization_config.bnb_4bit_quant_storage
+        return {layer_name: join_stacks(layer_name, self._read(layer_name, storage), shape)}
 
 
 class ReadWeight(Reader):
@@ -162,7 +164,7 @@ class ReadWeight(Reader):
                 raise ValueError(f"{layer_name} is not in 4 bit; if it is to stay so, add it to llm_int8_skip_modules")
             tensor = self._in_full(layer_name, model, config, loading_info)
             return {layer_name: tensor.to(model.get_parameter_or_buffer(layer_name).dtype)}
-        ((parameter,),) = self._read(layer_name)
+        ((parameter,),) = self._read(layer_name, hf_quantizer.quantization_config.bnb_4bit_quant_storage)
         _check_shape(layer_name, model, parameter.quant_state.shape)
         if not in_4_bit:
             return {layer_name: decode(parameter).to(model.get_parameter(layer_name).dtype)}

@@ -15,7 +15,14 @@ from itertools import islice
 from typing import Any, Optional
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
+from bitsandbytes.functional import (
+    QuantState,
+    dequantize_4bit,
+    dequantize_blockwise,
+    get_4bit_type,
+    quantize_4bit,
+    quantize_blockwise,
+)
 from bitsandbytes.nn import Params4bit
 from torch import nn
 
@@ -70,7 +77,7 @@ def quantize_stack(name: str, experts: Iterable[Tensor], shape: Sequence[int], s
     return _parameter(name, packed, state, settings.bnb_4bit_quant_storage)
 
 
-def read_stack(name: str, packed: Tensor, statistics: Mapping[str, Tensor]) -> Params4bit:
+def read_stack(name: str, packed: Tensor, statistics: Mapping[str, Tensor], storage: torch.dtype) -> Params4bit:
     """A tensor that bitsandbytes packed, of what it saved.
 
     Args:
@@ -78,6 +85,7 @@ def read_stack(name: str, packed: Tensor, statistics: Mapping[str, Tensor]) -> P
         packed: the data.
         statistics: what was beside it: absmax, quant_map, nested_absmax and nested_quant_map if absmax is quantized
             itself, and quant_state, which is JSON.
+        storage: dtype that config.json says the data have; bytes will do.
 
     Raises:
         ValueError: an entry is missing, cannot be read, or does not fit the others or the data.
@@ -86,18 +94,16 @@ def read_stack(name: str, packed: Tensor, statistics: Mapping[str, Tensor]) -> P
     if missing:
         raise ValueError(f"{name} is in 4 bit, but the checkpoint has no {', '.join(sorted(missing))} of it")
     entries = dict(statistics)
-    blob = entries.pop("quant_state")
     try:
-        numbers = json.loads(bytes(blob.tolist()))
+        numbers = dict(json.loads(bytes(entries.pop("quant_state").tolist())))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name}: its quant_state cannot be read: {error}") from None
-    for key, allowed in (("quant_type", QUANT_TYPES), ("blocksize", BLOCKSIZES)):
-        if numbers.get(key) not in allowed:
-            raise ValueError(f"{name}: its {key} must be one of {allowed}, got {numbers.get(key)!r}")
-    _check_sizes(name, packed, entries, numbers)
-    state = QuantState.from_dict(
-        {**entries, f"quant_state.bitsandbytes__{numbers['quant_type']}": blob}, device=packed.device
-    )
+    nested = bool({"nested_absmax", "nested_quant_map"} & entries.keys())
+    _check_numbers(name, numbers, nested)
+    _check_tensors(name, packed, entries, numbers, nested)
+    if packed.dtype not in (torch.uint8, storage):
+        raise ValueError(f"{name} must be stored as {storage}, as bnb_4bit_quant_storage says, got {packed.dtype}")
+    state = QuantState.from_dict(numbers | entries, device=packed.device)
     return _parameter(name, packed.reshape(-1).view(torch.uint8), state, packed.dtype)
 
 
@@ -264,16 +270,44 @@ def _check_shape(name: str, shape: Sequence[int]) -> None:
         raise ValueError(f"{name}: two weights share a byte, so its rows must have an even length, got {tuple(shape)}")
 
 
-def _check_sizes(name: str, packed: Tensor, statistics: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-    """Data and statistics have as many entries as the shape that they say they have wants."""
-    shape = numbers["shape"]
+def _check_numbers(name: str, numbers: Mapping[str, Any], nested: bool) -> None:
+    """What a quant_state says can be: whoever decodes takes it as it is."""
+    floats = tuple(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+    wanted = {"quant_type": QUANT_TYPES, "blocksize": BLOCKSIZES, "dtype": floats}
+    if nested:
+        wanted |= {"nested_blocksize": BLOCKSIZES, "nested_dtype": floats}
+    for key, allowed in wanted.items():
+        if numbers.get(key) not in allowed:
+            raise ValueError(f"{name}: its {key} must be one of {allowed}, got {numbers.get(key)!r}")
+    shape = numbers.get("shape")
+    if not isinstance(shape, list) or len(shape) < 2 or not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(f"{name}: its shape must be a list of two sizes or more, got {shape!r}")
     _check_shape(name, shape)
-    blocks = -(-math.prod(shape) // numbers["blocksize"])
-    wanted = {"absmax": blocks, "quant_map": 16}
-    if "nested_absmax" in statistics:
-        wanted |= {"nested_absmax": -(-blocks // numbers["nested_blocksize"]), "nested_quant_map": 256}
-    got = {key: statistics[key].numel() if key in statistics else 0 for key in wanted}
-    wanted["bytes"], got["bytes"] = math.prod(shape) // 2, packed.numel() * packed.itemsize
-    wrong = [f"{got[key]} {key} instead of {wanted[key]}" for key in wanted if got[key] != wanted[key]]
+    if nested and type(numbers.get("nested_offset")) not in (int, float):
+        raise ValueError(f"{name}: its nested_offset must be a number, got {numbers.get('nested_offset')!r}")
+
+
+def _check_tensors(
+    name: str, packed: Tensor, statistics: Mapping[str, Tensor], numbers: Mapping[str, Any], nested: bool
+) -> None:
+    """Data and statistics have as many entries as the shape wants, and the dtypes that bitsandbytes gave them, in which
+    alone it reads them; the codebook is that of the type, by whose name some kernels decode."""
+    weights = math.prod(numbers["shape"])
+    blocks = -(-weights // numbers["blocksize"])
+    wanted = {"absmax": (blocks, torch.uint8 if nested else torch.float32), "quant_map": (16, torch.float32)}
+    if nested:
+        nested_blocks = -(-blocks // numbers["nested_blocksize"])
+        wanted |= {"nested_absmax": (nested_blocks, torch.float32), "nested_quant_map": (256, torch.float32)}
+    found = {key: statistics.get(key, torch.empty(0)) for key in wanted}
+    wrong = [
+        f"{found[key].numel()} {key} of {found[key].dtype} instead of {entries} of {dtype}"
+        for key, (entries, dtype) in wanted.items()
+        if (found[key].numel(), found[key].dtype) != (entries, dtype)
+    ]
+    if packed.nbytes != weights // 2:
+        wrong.append(f"{packed.nbytes} bytes instead of {weights // 2}")
     if wrong:
-        raise ValueError(f"{name}: {', '.join(wrong)} for a shape of {tuple(shape)}")
+        raise ValueError(f"{name}: {', '.join(wrong)} for a shape of {tuple(numbers['shape'])}")
+    code = get_4bit_type(numbers["quant_type"], device=packed.device)
+    if not torch.allclose(found["quant_map"].flatten(), code, atol=1e-4):
+        raise ValueError(f"{name}: its quant_map is not that of {numbers['quant_type']}")
