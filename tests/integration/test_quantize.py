@@ -9,6 +9,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import core_model_loading
 
 from qwen3_moe_integration import MoeBitsAndBytesConfig
+from qwen3_moe_integration.quantize.stacks import quantize_stack
 from tests.integration.models import QWEN3, Tiny
 from tests.integration.quantized import (
     NESTED,
@@ -181,3 +182,25 @@ def test_an_expert_of_another_shape_is_an_error_that_names_the_stack(registered,
         ValueError, match=r"experts.down_proj: the model has 8 experts of \(32, 24\), .* 2 is \(32, 22\)"
     ):
         load(tmp_path, NESTED)
+
+
+def stack(count: int = 4, shape: tuple = (6, 32), wanted: tuple = (6, 32), dtype: torch.dtype = torch.bfloat16):
+    """Of ``count`` experts of one shape, where four of ``wanted`` belong."""
+    settings = MoeBitsAndBytesConfig(bnb_4bit_quant_storage=torch.float64)
+    return quantize_stack("x", (torch.ones(shape).to(dtype) for _ in range(count)), (4, *wanted), settings)
+
+
+UNFIT = [
+    (dict(count=3), "x: the checkpoint has 3 of its 4 experts"),
+    (dict(count=5), r"x: the model has 4 experts of \(6, 32\), the checkpoint's expert 4 is \(6, 32\)"),
+    (dict(shape=(32, 6)), r"x: the model has 4 experts of \(6, 32\), the checkpoint's expert 0 is \(32, 6\)"),
+    (dict(dtype=torch.float8_e4m3fn), "x: only 16- and 32-bit floats can be quantized, got torch.float8_e4m3fn"),
+    (dict(shape=(6, 33), wanted=(6, 33)), r"x: .* rows must have an even length, got \(4, 6, 33\)"),
+    (dict(shape=(1, 6), wanted=(1, 6)), "x: 12 bytes cannot be stored as torch.float64"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), UNFIT)
+def test_matrices_that_make_no_stack_are_an_error_that_names_it(settings, message):
+    with pytest.raises(ValueError, match=message):
+        stack(**settings)

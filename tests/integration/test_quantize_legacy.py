@@ -143,6 +143,22 @@ def test_experts_that_transformers_5_left_in_full_precision_are_quantized(regist
     assert same_bits(model.get_parameter(query).data, want.get_parameter(query).data)
 
 
+def other_rows(tensors):
+    """As many rows of gate and up as there should be, but not of each."""
+    for expert in range(8):
+        for part, rows in (("gate_proj", 72), ("up_proj", 56)):
+            name = f"model.layers.1.mlp.experts.{expert}.{part}.weight"
+            tensors[name] = torch.randn(rows, 64)
+            quantize(tensors, name, True)
+
+
+def other_columns(tensors):
+    """As many weights as there should be, in rows of another length."""
+    for name in [f"model.layers.0.mlp.experts.{expert}.down_proj.weight" for expert in range(8)]:
+        tensors[name] = torch.randn(32, 128)
+        quantize(tensors, name, True)
+
+
 MISTAKES = [
     (
         lambda tensors: tensors.pop("model.layers.1.mlp.experts.5.up_proj.weight.absmax"),
@@ -156,6 +172,8 @@ MISTAKES = [
         lambda tensors: tensors.update({"model.layers.0.mlp.experts.2.up_proj.weight": torch.zeros(9, 1).byte()}),
         r"gate_up_proj \(mlp.experts.2.up_proj.weight\): 9 bytes instead of 2048",
     ),
+    (other_rows, r"1.mlp.experts.gate_up_proj: .* \(8, 128, 64\), got 8 of \(72, 64\), 8 of \(56, 64\)"),
+    (other_columns, r"0.mlp.experts.down_proj: .* \(8, 64, 64\), got 8 of \(32, 128\)"),
 ]
 
 
@@ -170,6 +188,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_tensor(registered, tmp_
 
 ODD = [
     (lambda name: {"quant_type": "fp4"} if ".experts.3." in name else {}, "must be nf4 with blocksize 64 .*, got fp4"),
+    (lambda name: {"blocksize": 128} if ".experts.3." in name else {}, "nf4 with blocksize 64 .*, got nf4 with 128"),
 ]
 
 

@@ -10,6 +10,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from transformers import AutoModelForCausalLM, modeling_utils
 
+from qwen3_moe_integration import MoeBitsAndBytesConfig
 from tests.conftest import ROOT
 from tests.integration.models import ExpertsCalls, tokens
 from tests.integration.quantized import (
@@ -24,6 +25,7 @@ from tests.integration.quantized import (
 
 STACK = "model.layers.1.mlp.experts.gate_up_proj"
 BLOB = f"{STACK}.quant_state.bitsandbytes__nf4"
+CROSSING = MoeBitsAndBytesConfig(experts_blocksize=1024)
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -37,7 +39,9 @@ def quantized(registered, tmp_path):
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize("config", [NESTED, PLAIN_FP4], ids=["nf4 nested", "fp4"])
+@pytest.mark.parametrize(
+    "config", [NESTED, PLAIN_FP4, CROSSING], ids=["nf4 nested", "fp4", "blocks that cross experts"]
+)
 def test_what_was_saved_loads_again_bit_for_bit(registered, tmp_path, config):
     checkpoint(tmp_path / "full")
     model = load(tmp_path / "full", config)

@@ -9,6 +9,7 @@ Every error names the stack as the model does.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import islice
@@ -122,7 +123,14 @@ def join_stacks(name: str, projections: Sequence[Sequence[Params4bit]], shape: S
         ValueError: the parts do not make up ``shape``, differ in type or blocksize, or have a block that is shared by
             two experts.
     """
+    experts, matrix = shape[0], (shape[1] // len(projections), shape[2])
+    shapes = [Counter(tuple(part.quant_state.shape) for part in projection) for projection in projections]
+    if any(found not in (Counter({matrix: experts}), Counter({(experts, *matrix): 1})) for found in shapes):
+        got = ", ".join(f"{count} of {each}" for found in shapes for each, count in found.items())
+        raise ValueError(f"{name}: its parts must make up {tuple(shape)}, got {got}")
     parts = [part for projection in projections for part in projection]
+    if parts[0].quant_state.shape == tuple(shape):
+        return parts[0]
     first = parts[0].quant_state
     for part in parts:
         state = part.quant_state
@@ -136,14 +144,6 @@ def join_stacks(name: str, projections: Sequence[Sequence[Params4bit]], shape: S
                 f"{name}: a block of {state.blocksize} weights belongs to two experts of shape "
                 f"{tuple(state.shape[-2:])}; quantize the full-precision checkpoint instead"
             )
-    experts = shape[0]
-    rows = sum(projection[0].quant_state.shape[-2] for projection in projections)
-    sizes = [sum(math.prod(part.quant_state.shape) for part in projection) for projection in projections]
-    if rows != shape[1] or sum(sizes) != math.prod(shape) or any(p.quant_state.shape[-1] != shape[2] for p in parts):
-        got = ", ".join(f"{len(p)} of {tuple(p[0].quant_state.shape)}" for p in projections)
-        raise ValueError(f"{name}: its parts must make up {tuple(shape)}, got {got}")
-    if len(parts) == 1:
-        return parts[0]
     packed, absmax = (
         torch.cat([torch.cat([get(part) for part in each]).view(experts, -1) for each in projections], dim=1).flatten()
         for get in (_bytes, _decoded_absmax)
