@@ -71,6 +71,11 @@ def assert_same_model(a: nn.Module, b: nn.Module) -> None:
     assert [key for key in a if not same_bits(a[key], b[key])] == []
 
 
+def tensor_names(folder: Path) -> set[str]:
+    """Of all tensors in a checkpoint's files."""
+    return {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+
+
 def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     """Rewrites a checkpoint as one file, with its tensors changed in place."""
     files = sorted(folder.glob("*.safetensors"))

@@ -10,7 +10,7 @@ from transformers import core_model_loading
 
 from qwen3_moe_integration import MoeBitsAndBytesConfig
 from qwen3_moe_integration.quantize.stacks import quantize_stack
-from tests.integration.models import QWEN3, Tiny
+from tests.integration.models import QWEN3, Tiny, tokens
 from tests.integration.quantized import (
     NESTED,
     PLAIN_FP4,
@@ -22,8 +22,9 @@ from tests.integration.quantized import (
     experts_parameters,
     load,
     same_bits,
+    tensor_names,
 )
-from tests.integration.test_experts import FUSED, STOCK
+from tests.integration.test_experts import ARIA, FUSED, STOCK
 
 CONFIGS = [
     pytest.param(NESTED, marks=pytest.mark.compat, id="nf4 nested"),
@@ -88,8 +89,10 @@ def test_every_model_with_the_experts_interface_loads_saves_and_loads_again(regi
     assert len(full) == 2 * tiny.moe_layers
     for name, parameter in experts_parameters(model).items():
         assert_quantized(parameter, full[name].data, NESTED)
-    routers = [name for name, module in model.named_modules() if isinstance(module, Linear4bit) and "router" in name]
-    assert routers == [] and not isinstance(model.lm_head, Linear4bit)
+    linear = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    assert [name for name in linear if "router" in name or name.endswith("gate")] == [] and not isinstance(
+        model.lm_head, Linear4bit
+    )
     model.save_pretrained(tmp_path / "quantized", max_shard_size="50KB")
     again = load(tmp_path / "quantized")
     assert_same_model(model, again)
@@ -131,21 +134,30 @@ def test_no_more_than_a_few_experts_are_ever_there_in_full_precision(registered,
     assert max(most) <= 4  # gate and up of an expert, while those of the one before go
 
 
-def test_dequantize_gives_a_model_in_full_precision(registered, tmp_path):
+@pytest.mark.parametrize("dtype", [None, torch.float32, "float32"])
+def test_dequantize_gives_a_model_in_full_precision(registered, tmp_path, dtype):
     full = checkpoint(tmp_path / "full", **SIZES)
     model = load(tmp_path / "full", NESTED)
     wanted = {name: decoded(x) for name, x in model.named_parameters() if isinstance(x, Params4bit)}
-    model.dequantize()
+    model.dequantize(dtype)
     for name, want in wanted.items():
-        assert same_bits(model.get_parameter(name).data, want)
+        assert same_bits(model.get_parameter(name).data, want.to(torch.float32 if dtype else torch.bfloat16))
     model.save_pretrained(tmp_path / "dense")
+    assert tensor_names(tmp_path / "dense") == tensor_names(tmp_path / "full")  # each expert's matrices on their own
     again = load(tmp_path / "dense")
     assert again.state_dict().keys() == full.state_dict().keys()
-    assert_same_model(model, again)
+    assert_same_model(model.bfloat16(), again)  # the config says that dtype, whatever was asked for
+    assert model(tokens()).logits.isfinite().all()  # on the kernel, which must not take them for packed
 
 
-@pytest.mark.compat
-@pytest.mark.parametrize(("tiny", "experts", "reason"), STOCK[:2], ids=repr)
+TRANSPOSED = (ARIA, "AriaExperts", "its weights are stored transposed")
+
+
+@pytest.mark.parametrize(
+    ("tiny", "experts", "reason"),
+    [*(pytest.param(*each, marks=pytest.mark.compat) for each in STOCK[:2]), TRANSPOSED],
+    ids=repr,
+)
 def test_a_model_whose_experts_the_kernel_cannot_compute_is_an_error(registered, tmp_path, tiny, experts, reason):
     checkpoint(tmp_path, tiny)
     with pytest.raises(ValueError, match=f"no experts that can be in 4 bit; {experts}: {reason}"):

@@ -135,7 +135,13 @@ MISTAKES = [
     (dict(code=lambda x: x[:8]), r"gate_up_proj.code must be torch.float32 of shape \(16,\)"),
     (dict(nested_absmax=lambda x: None), r"gate_up_proj.nested_absmax must be torch.float32 .*, got None"),
     (dict(nested_offset=lambda x: x[None]), r"gate_up_proj.nested_offset must be torch.float32 of shape \(\)"),
+    (dict(nested_absmax=lambda x: x[:-1]), r"gate_up_proj.nested_absmax must be torch.float32 of shape \(2,\)"),
+    (
+        dict(absmax=lambda x: x.repeat_interleave(2)[::2]),
+        r"gate_up_proj.absmax must be contiguous, got strides \(2,\)",
+    ),
     (dict(blocksize=lambda x: 0), r"gate_up_proj.blocksize must be even and positive, got 0"),
+    (dict(blocksize=lambda x: 63), r"gate_up_proj.blocksize must be even and positive, got 63"),
     (dict(quant_type=lambda x: "int4"), r"gate_up_proj.quant_type must be one of nf4, fp4, got 'int4'"),
     (dict(shape=lambda x: x[1:]), r"gate_up_proj must have a 3-D shape \(E, N, K\), got \(128, 64\)"),
     (dict(shape=lambda x: (4, 128, 63)), r"gate_up_proj.shape must have an even last dimension"),
@@ -151,6 +157,14 @@ def test_statistics_that_do_not_fit_are_named(kernel, device, spoil, message):
     gate_up = gate_up._replace(**{field: change(getattr(gate_up, field)) for field, change in spoil.items()})
     with pytest.raises(ValueError, match=message):
         kernel.fused_experts(*inputs[:3], gate_up, inputs.down_proj)
+
+
+def test_dequantize_names_what_does_not_fit(kernel, device):
+    weight = kernel.four_bit_weight(Quantization().quantize(torch.randn(2, 64, 64, device=device)))
+    with pytest.raises(ValueError, match=r"weight.absmax must be torch.uint8 of shape \(128,\) .*, got .*127"):
+        kernel.dequantize(weight._replace(absmax=weight.absmax[:-1]))
+    with pytest.raises(TypeError, match=r"dtype must be one of torch.bfloat16, .*, got torch.float64"):
+        kernel.dequantize(weight, torch.float64)
 
 
 def test_what_is_not_packed_and_what_is_packed_are_not_confused(kernel):

@@ -66,8 +66,25 @@ def test_sizes_of_no_whole_tile_take_a_slower_way(kernel, regime, byte_permute):
     assert regime.regime(1, (stack(kernel, 2, 80, 128),), torch.bfloat16, CPU) == "dequantize"
 
 
+def test_what_the_fast_way_would_misread_takes_a_slower_way(kernel, regime, byte_permute):
+    """It reads four words at a time, and one scale for each 64 weights."""
+    slower, projection = "dequantize" if byte_permute else "plain", projection_of(kernel)
+    aligned = stack(kernel, 2, 128, 128)
+    misaligned = aligned._replace(packed=torch.cat((aligned.packed[:8], aligned.packed))[8:])
+    for weight in (misaligned, stack(kernel, 2, 128, 128, blocksize=32)):
+        assert regime.regime(1, (aligned, weight), torch.bfloat16, CPU) == slower
+        assert not regime.suits_gemv(8, projection(aligned), projection(weight), CPU)
+
+
+def test_columns_are_permuted_only_where_both_products_want_that(kernel, regime, byte_permute):
+    packed, dense, dtype = stack(kernel, 2, 256, 128), torch.empty(2, 128, 128), torch.bfloat16
+    for down, permute in ((stack(kernel, 2, 128, 128), byte_permute), (dense, False)):
+        plan = regime.plan(2 * 40, packed, down, dtype, CPU, kernel_tiling(kernel), False)
+        assert plan.path == ("fast" if byte_permute else "plain") and plan.permute == permute
+
+
 def test_only_few_slots_of_4_bit_experts_are_multiplied_one_by_one(kernel, regime, byte_permute):
-    projection = importlib.import_module(f"{kernel.__name__}.projection").Projection
+    projection = projection_of(kernel)
     packed, dense = projection(stack(kernel, 2, 128, 128)), projection(torch.empty(2, 128, 128))
     adapted = packed._replace(lora=kernel.Lora(torch.empty(2, 4, 128), torch.empty(2, 128, 4)))
     assert regime.suits_gemv(8, packed, packed, CPU) == byte_permute
@@ -79,14 +96,15 @@ def test_only_few_slots_of_4_bit_experts_are_multiplied_one_by_one(kernel, regim
 
 @pytest.mark.parametrize("rows", [1, 8, 20, 100, 300])
 @pytest.mark.parametrize("backward", [False, True])
-def test_tiles_divide_what_the_fast_way_cannot_mask(kernel, regime, byte_permute, rows, backward):
+@pytest.mark.parametrize(("hidden", "width"), [(640, 384), (512, 384), (384, 512)])
+def test_tiles_divide_what_the_fast_way_cannot_mask(kernel, regime, byte_permute, rows, backward, hidden, width):
     """The summed dimension; transposed, the columns too; and 64 columns where a permutation is within them."""
-    gate_up, down = stack(kernel, 2, 2 * 384, 640), stack(kernel, 2, 640, 384)
+    gate_up, down = stack(kernel, 2, 2 * width, hidden), stack(kernel, 2, hidden, width)
     plan = regime.plan(2 * rows, gate_up, down, torch.bfloat16, CPU, kernel_tiling(kernel), backward)
     assert plan.path in ("fast", "plain", "dequantize")
     if plan.path == "dequantize":
         return
-    sizes = ((384, 640), (640, 768)) if backward else ((384, 640), (640, 384))
+    sizes = ((width, hidden), (hidden, 2 * width)) if backward else ((width, hidden), (hidden, width))
     for tile, (n, k) in zip((plan.first, plan.second), sizes):
         assert k % tile.block_k == 0
         assert not backward or n % tile.block_n == 0
@@ -115,6 +133,10 @@ def test_directions_know_whether_their_tiles_are_of_one_height(kernel, regime, b
         assert [plan.shares_tiles for plan in plans] == [same] * 2, rows
         found.add(same)
     assert found == ({True, False} if byte_permute else {True})
+
+
+def projection_of(kernel):
+    return importlib.import_module(f"{kernel.__name__}.projection").Projection
 
 
 def kernel_tiling(kernel):
