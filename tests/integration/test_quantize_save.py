@@ -133,6 +133,14 @@ def test_a_save_in_another_precision_that_was_interrupted_does_not_load(quantize
             load(over)
 
 
+def test_a_save_in_4_bit_that_left_the_file_in_full_precision_does_not_load(quantized, tmp_path, monkeypatch):
+    """Both are called model.safetensors, and experts in full precision would be quantized."""
+    load(tmp_path / "full").save_pretrained(tmp_path / "one file")
+    save_until_interrupted(quantized[0], tmp_path / "one file", monkeypatch, "1GB", whole=0)
+    with pytest.raises(ValueError, match=r"model.safetensors .* of different saves \(save_id None and \w{16}\)"):
+        load(tmp_path / "one file")
+
+
 def test_an_older_file_that_transformers_prefers_does_not_pass_for_the_model(quantized):
     """Transformers leaves model.safetensors of an unsharded save where it is, and loads it rather than the shards."""
     model, folder = quantized
@@ -152,12 +160,12 @@ def test_a_truncated_file_is_an_error_that_names_it(quantized, left, message):
         load(quantized[1])
 
 
-def rewritten(**changes):
-    """Changes a stack's quant_state: its numbers, in JSON."""
+def rewritten(blob=BLOB, **changes):
+    """Changes a quant_state: its numbers, in JSON."""
 
     def change(tensors):
-        numbers = json.loads(bytes(tensors[BLOB].tolist())) | changes
-        tensors[BLOB] = torch.tensor([*json.dumps(numbers).encode()], dtype=torch.uint8)
+        numbers = json.loads(bytes(tensors[blob].tolist())) | changes
+        tensors[blob] = torch.tensor([*json.dumps(numbers).encode()], dtype=torch.uint8)
 
     return change
 
@@ -191,6 +199,10 @@ DAMAGE = [
     (shortened(f"{STACK}.nested_quant_map"), f"{STACK}: 255 nested_quant_map of torch.float32 instead of 256 of"),
     (rewritten(shape=[8, 24, 32]), f"{STACK}: 192 absmax of torch.uint8 instead of 96 .*, 6144 bytes instead of 3072"),
     (rewritten(shape=[8, 32, 48]), rf"{STACK}: its parts must make up \(8, 48, 32\), got 1 of \(8, 32, 48\)"),
+    (
+        rewritten(f"{QUERY}.quant_state.bitsandbytes__nf4", shape=[16, 64]),
+        rf"{QUERY}: the model wants a shape of \(32, 32\), the checkpoint has \(16, 64\)",
+    ),
     (rewritten(quant_type="int4"), f"{STACK}: its quant_type must be one of .*, got 'int4'"),
     (rewritten(blocksize=100), f"{STACK}: its blocksize must be one of .*, got 100"),
     (rewritten(dtype="float64"), f"{STACK}: its dtype must be one of .*, got 'float64'"),

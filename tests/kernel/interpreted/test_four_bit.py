@@ -15,6 +15,7 @@ CASES = [
     (Problem(T=9, k=3, E=5, H=64, I=64, imbalance="some_skipped"), Quantization()),
     (Problem(T=20, H=64, I=128, imbalance="one_takes_all"), Quantization("fp4", nested=False)),  # several tiles
     (Problem(T=3, H=128, I=128), Quantization("fp4", blocksize=128)),
+    (Problem(T=3, H=64, I=64), Quantization(blocksize=32)),  # two blocks in the columns of a tile
     (Problem(T=5, H=192, I=64), Quantization(nested=False)),  # columns that fill no whole tile
     (Problem(T=0, H=64, I=64), Quantization()),
 ]
