@@ -43,6 +43,7 @@ def test_decoded_first_some_experts_at_a_time(triton_kernel, way, monkeypatch, e
     scratch, decoded_at_once = experts_at_a_time * 2 * problem.I * problem.H * 4, []
 
     def recorded(weight, first, out, m_sizes):
+        assert first + out.shape[0] <= problem.E
         decoded_at_once.append(out.nbytes)
         dequantize_experts(weight, first, out, m_sizes)
 
@@ -51,6 +52,24 @@ def test_decoded_first_some_experts_at_a_time(triton_kernel, way, monkeypatch, e
     monkeypatch.setattr(regime, "LARGE_SCRATCH", scratch)
     assert_adapted_experts_agree(triton_kernel, problem, "cpu", torch.float32, Quantization())
     assert len(decoded_at_once) >= 4 * 5 / (2 * experts_at_a_time) and max(decoded_at_once) == scratch
+
+
+def test_decoded_first_into_a_result_that_is_not_written_yet(triton_kernel, way, monkeypatch):
+    """One that holds more experts than the scratch, and that no product writes to while it is read."""
+    way("dequantize")
+    regime, experts = (importlib.import_module(f"{triton_kernel.__name__}.{f}") for f in ("regime", "kernels.experts"))
+    problem = Problem(T=48, k=4, E=5, H=32, I=32)
+    held = []
+
+    def recorded(weight, first, out, m_sizes):
+        held.append(out.shape[0])
+        dequantize_experts(weight, first, out, m_sizes)
+
+    dequantize_experts = experts.dequantize_experts
+    monkeypatch.setattr(experts, "dequantize_experts", recorded)
+    monkeypatch.setattr(regime, "LARGE_SCRATCH", 2 * problem.I * problem.H * 4)  # one matrix of gate and up
+    assert_adapted_experts_agree(triton_kernel, problem, "cpu", torch.float32, Quantization())
+    assert max(held) > 2
 
 
 @settings(max_examples=6)
