@@ -54,13 +54,19 @@ def assert_linear_agrees(
 
 
 def assert_stray_id_is_skipped(kernel: ModuleType, problem: Problem, device: str, stray: int) -> None:
-    """An id outside [0, E) counts as E, in the table and in the layer."""
+    """An id outside [0, E) counts as E, in the table, in the layer and in its gradients."""
     inputs = problem.draw(device, torch.float32)
-    astray, skipped = inputs.top_k_index.clone(), inputs.top_k_index.clone()
-    astray[4], skipped[4] = stray, problem.E
-    assert_table_holds(kernel.routing(astray, problem.E, 16), astray, problem.E, 16)
-    ours, theirs = (kernel.fused_experts(inputs[0], index, *inputs[2:-1]) for index in (astray, skipped))
-    assert torch.equal(ours, theirs) and not ours[4].any()
+    leaves = [tensor.requires_grad_() for tensor in (inputs.hidden_states, *inputs[2:-1])]
+    results = []
+    for id in (stray, problem.E):
+        index = inputs.top_k_index.clone()
+        index[4] = id
+        assert_table_holds(kernel.routing(index, problem.E, 16), index, problem.E, 16)
+        with poisoned_memory(device):
+            out = kernel.fused_experts(leaves[0], index, *leaves[1:])
+            results.append((out, *torch.autograd.grad(out, leaves, inputs.grad_output)))
+    assert all(map(torch.equal, *results))
+    assert not any(tensor[4].any() for tensor in results[0][:3]), "the skipped token's output and gradients"
 
 
 def assert_rows_without_expert_are_zero(kernel: ModuleType, problem: LinearProblem, device: str, sizes: list) -> None:

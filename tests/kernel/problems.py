@@ -167,14 +167,17 @@ def choose_experts(imbalance: str, rows: int, k: int, experts: int, generator: t
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
     """The same values (for "expanded", the first row's or matrix's) with other strides.
 
+    "transposed" crosses the last two dimensions; a vector becomes a column of a matrix.
     "padded" cuts the tensor out of a larger one that is NaN everywhere else: whoever reads outside gets a NaN.
     "aligned" does so too, with rows that still start at addresses that suit wide loads.
     """
     if layout == "transposed" and tensor.dim() > 1:
         return tensor.transpose(-2, -1).contiguous().transpose(-2, -1)
+    fill = float("nan") if tensor.is_floating_point() else POISON
+    if layout == "transposed" and tensor.dim() == 1:
+        return torch.stack((tensor, torch.full_like(tensor, fill)), 1)[:, 0]
     if layout in ("padded", "aligned"):
         margin = 1 if layout == "padded" else 16
-        fill = float("nan") if tensor.is_floating_point() else POISON
         inside = tuple(slice(margin, size + margin) for size in tensor.shape)
         shape = [size + 2 * margin for size in tensor.shape]
         around = torch.full(shape, fill, dtype=tensor.dtype, device=tensor.device)

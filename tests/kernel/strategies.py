@@ -61,7 +61,7 @@ def expert_layouts() -> st.SearchStrategy[dict[str, str]]:
 
 def linear_layouts() -> st.SearchStrategy[dict[str, str]]:
     """All but an expanded m_sizes, which would not sum to M."""
-    return _layouts(LinearInputs._fields, m_sizes=("contiguous", "padded"))
+    return _layouts(LinearInputs._fields, m_sizes=("contiguous", "padded", "transposed"))
 
 
 def _layouts(names: tuple[str, ...], **narrowed: tuple[str, ...]) -> st.SearchStrategy[dict[str, str]]:

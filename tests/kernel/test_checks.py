@@ -5,6 +5,7 @@ Values live on the device, so only the CPU backend looks at them; what a GPU doe
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .problems import LinearProblem, Problem
 
@@ -138,6 +139,18 @@ def test_m_sizes_that_do_not_fit_the_rows_are_refused_on_a_cpu(kernel, m_sizes, 
 def test_a_gradient_of_an_integer_is_refused_by_torch_itself():
     with pytest.raises(RuntimeError, match="floating point"):
         torch.zeros(3, 2, dtype=torch.int64).requires_grad_()
+
+
+def test_a_device_it_has_no_kernel_for_is_refused(kernel):
+    with FakeTensorMode():
+        input, weight, m_sizes = torch.empty(6, 4, device="xpu"), torch.empty(2, 3, 4), torch.empty(2).int()
+        index = torch.empty(6, 2, dtype=torch.int64, device="xpu")
+        with pytest.raises(ValueError, match="input must be on a cpu or cuda device, got xpu"):
+            kernel.moe_fused_linear(input, weight, m_sizes)
+        with pytest.raises(ValueError, match="hidden_states must be on a cpu or cuda device, got xpu"):
+            kernel.fused_experts(input, index, index.float(), torch.empty(2, 6, 4), torch.empty(2, 4, 3))
+        with pytest.raises(ValueError, match="top_k_index must be on a cpu or cuda device, got xpu"):
+            kernel.routing(index, 2)
 
 
 @pytest.mark.gpu

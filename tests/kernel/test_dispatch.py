@@ -1,24 +1,15 @@
 """The layer is a torch op to whoever looks for one; where nobody does, the same code runs without the dispatcher."""
 
+import importlib
+
+import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from .modes import Seen
 from .oracle import RATIO, assert_close
 from .problems import Problem
-
-
-class Seen(TorchDispatchMode):
-    """Names of the kernel's ops, in order, that ran while it was entered."""
-
-    def __init__(self):
-        super().__init__()
-        self.ops = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace.startswith("_qwen3_moe_fused"):
-            self.ops.append(func._opname)
-        return func(*args, **(kwargs or {}))
 
 
 def _leaves(inputs) -> list[torch.Tensor]:
@@ -63,10 +54,29 @@ def test_a_checkpointed_layer_has_the_same_gradients(kernel, device):
     assert all(map(torch.equal, [out, *grads], _results(kernel, inputs)))
 
 
-def test_torch_func_maps_over_the_op(kernel):
+@pytest.fixture
+def calls(kernel, monkeypatch) -> list:
+    """One entry for each time that ``fused_experts`` has gone by the op."""
+    experts = importlib.import_module(f"{kernel.__name__}.experts")
+    seen, op = [], experts.forward_op
+    monkeypatch.setattr(experts, "forward_op", lambda *arguments: seen.append(1) or op(*arguments))
+    return seen
+
+
+def test_torch_func_maps_over_the_op(kernel, calls):
     """vmap has no rule for the op and runs it once for each entry, with a warning."""
     hidden, *rest, _ = Problem().draw("cpu", torch.float32)
     several = torch.stack((hidden, -hidden, 2 * hidden))
     out = torch.vmap(lambda x: kernel.fused_experts(x, *rest))(several)
+    assert len(calls) == 1
     for x, y in zip(several, out):
         assert_close("mapped", kernel.fused_experts(x, *rest), y, RATIO[torch.float32])
+
+
+def test_tensors_of_another_kind_meet_the_op(kernel, calls):
+    """Fake ones here, outside their mode; nothing else tells that there is no data behind them."""
+    inputs, mode = Problem().draw("cpu", torch.float32), FakeTensorMode()
+    kernel.fused_experts(*inputs[:-1])
+    assert not calls
+    out = kernel.fused_experts(mode.from_tensor(inputs.hidden_states), *map(mode.from_tensor, inputs[1:-1]))
+    assert len(calls) == 1 and out.shape == inputs.hidden_states.shape

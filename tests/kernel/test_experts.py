@@ -1,11 +1,14 @@
 """fused_experts: the layer and its gradients on the CPU backend, and what holds on every backend."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
 
 from . import oracle, strategies
 from .agreement import DIFFERENTIABLE, assert_experts_agree
+from .modes import Seen
 from .oracle import ACTIVATIONS, RATIO, assert_close
 from .poison import poisoned_memory
 from .problems import BALANCES, LAYOUTS, SKIPPING, ExpertsInputs, Problem
@@ -120,21 +123,54 @@ def test_backward_keeps_the_inputs_the_pre_activation_and_indices_and_nothing_el
 
 def test_without_gradients_nothing_is_kept(kernel, device):
     inputs = Problem().draw(device, torch.float32)
-    with torch.no_grad():
-        assert not kernel.fused_experts(*_leaves(inputs)).requires_grad
-    assert not kernel.fused_experts(*inputs[:-1]).requires_grad
+    with Seen() as seen:
+        with torch.no_grad():
+            assert not kernel.fused_experts(*_leaves(inputs)).requires_grad
+        assert not kernel.fused_experts(*inputs[:-1]).requires_grad
+        kernel.fused_experts(*_leaves(inputs))
+    assert [arguments[-1] for arguments in seen.arguments] == [False, False, True], "whether forward saves"
 
 
-def test_autocast_casts_the_inputs_first(kernel, device):
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_the_inputs_first(kernel, device, low):
     inputs = Problem().draw(device, torch.float32)
     leaves = _leaves(inputs)
-    with torch.autocast(device, dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=low):
         out = kernel.fused_experts(*leaves)
-    assert out.dtype == torch.bfloat16
-    out.backward(inputs.grad_output.bfloat16())
+    assert out.dtype == low
+    out.backward(inputs.grad_output.to(low))
     assert leaves[0].grad.dtype == torch.float32
-    ref = oracle.experts(*(x.bfloat16().double() if x.is_floating_point() else x for x in inputs[:-1]))
-    assert_close("output", ref, out, RATIO[torch.bfloat16])
+    ref = oracle.experts(*(x.to(low).double() if x.is_floating_point() else x for x in inputs[:-1]))
+    assert_close("output", ref, out, RATIO[low])
+
+
+def test_a_tokens_slots_are_weighted_and_added_in_fp32(kernel, device):
+    """In fp16, the dtype of the slots, 1 + 2^-11 is 1 and 2048 + 1 is 2048."""
+    hidden, index = torch.tensor([[16.0]] * 2, dtype=torch.float16), torch.tensor([[0, 2, 1], [2, 1, 0]])
+    weights = torch.tensor([[2048.0, 1.0, 2048.0], [1 + 2.0**-11, 1.0, 0.0]])
+    gate_up = torch.tensor([[1.0], [2.0**-8]], dtype=torch.float16).expand(3, 2, 1)  # silu(16) / 16, which is 1
+    down = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float16).view(3, 1, 1)
+    out = kernel.fused_experts(*(x.to(device) for x in (hidden, index, weights, gate_up, down)))
+    assert out.flatten().tolist() == [1.0, 2.0**-11]
+
+
+def test_a_gradient_that_nobody_has_is_none(kernel, device):
+    """Where what comes after the layer passes no gradient on, autograd asks for the layer's all the same."""
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    for mode in (nullcontext(), Seen()):
+        hidden, *rest = _leaves(Problem().draw(device, torch.float32))
+        with mode:
+            (Stop.apply(kernel.fused_experts(hidden, *rest)).sum() + 2 * hidden.sum()).backward()
+        assert torch.equal(hidden.grad, torch.full_like(hidden, 2)) and rest[-1].grad is None
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong(kernel):

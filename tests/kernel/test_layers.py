@@ -1,6 +1,7 @@
 """The kernel layers, put in the place of a module's own forward."""
 
 import inspect
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -66,12 +67,30 @@ def test_hooks_on_the_router_see_its_logits_once(block, hidden_states):
     assert len(seen) == 1 and seen[0].shape == (12, PROBLEM.E)
 
 
-def test_hooks_on_the_experts_fire(kernel, block, hidden_states):
+def _instead_of_forward(experts: nn.Module, note: Callable) -> None:
+    """As Accelerate's offloading and tensor parallelism do."""
+    own = experts.forward
+    experts.forward = lambda *args: note() or own(*args)
+
+
+IN_BETWEEN = {
+    "forward_pre_hook": lambda experts, note: experts.register_forward_pre_hook(lambda *_: note()),
+    "forward_hook": lambda experts, note: experts.register_forward_hook(lambda *_: note()),
+    "backward_pre_hook": lambda experts, note: experts.register_full_backward_pre_hook(lambda *_: note()),
+    "backward_hook": lambda experts, note: experts.register_full_backward_hook(lambda *_: note()),
+    "instead_of_forward": _instead_of_forward,
+}
+
+
+@pytest.mark.parametrize("put", IN_BETWEEN.values(), ids=IN_BETWEEN)
+def test_what_stands_before_the_experts_is_called_once(kernel, block, hidden_states, put):
     expected, calls = block(hidden_states), []
     with_forward(block.experts, kernel.layers.Qwen3MoeExperts)
-    block.experts.register_forward_hook(lambda module, args, output: calls.append(len(args)))
-    assert torch.equal(block(hidden_states), expected)
-    assert calls == [3]
+    put(block.experts, lambda: calls.append(1))
+    out = block(hidden_states)
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert len(calls) == 1
 
 
 def test_wrapped_experts_are_called_as_a_module(block, hidden_states):

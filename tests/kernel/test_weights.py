@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .modules import Experts
@@ -35,6 +36,7 @@ def test_the_weights_of_an_experts_module_are_its_own_tensors(kernel, experts):
     ("act_fn", "name"),
     [
         (nn.SiLU(), "silu"),
+        (F.silu, "silu"),
         (SiLUActivation(), "silu"),
         (nn.GELU(), "gelu"),
         (nn.GELU(approximate="tanh"), "gelu_tanh"),
@@ -42,7 +44,8 @@ def test_the_weights_of_an_experts_module_are_its_own_tensors(kernel, experts):
         (GELUTanh(), "gelu_tanh"),
     ],
 )
-def test_the_activation_is_known_by_its_class(kernel, experts, act_fn, name):
+def test_the_activation_is_known_by_its_class_or_function(kernel, experts, act_fn, name):
+    del experts.act_fn  # a function cannot take a module's place
     experts.act_fn = act_fn
     assert kernel.expert_weights(experts).activation == name
 

@@ -84,6 +84,7 @@ def test_odd_linear(kernel, dtype):
 @pytest.mark.parametrize("layout", ["transposed", "padded", "expanded"])
 def test_odd_linear_with_any_strides(kernel, layout):
     layouts = dict.fromkeys(("input", "weight", "grad_output"), layout)
+    layouts |= {"m_sizes": "transposed"} if layout == "transposed" else {}
     assert_linear_agrees(kernel, ODD_LINEAR, "cuda", torch.bfloat16, layouts)
 
 
