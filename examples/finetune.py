@@ -16,6 +16,8 @@ import logging
 import os
 import resource
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -43,6 +45,17 @@ from qwen3_moe_integration.plan import Plan
 ON_GPU = DEVICE == "cuda"
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A type for argparse. Of 0 steps the Trainer would make three epochs, and from 1 token nothing can be learned."""
+
+    def integer(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+
+    return integer
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id of a Qwen3-MoE (default: a small one, made in --output)")
@@ -52,13 +65,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kernel", type=Path, help="folder of a built kernel (default: version 1 of the Hub's)")
     parser.add_argument("--bits", type=int, choices=[4, 16], default=4, help="of the weights that are not trained")
     parser.add_argument("--trainer", choices=["trainer", "sft"], default="trainer")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--seq-len", type=int, help="default: 4096, of the small model 128")
-    parser.add_argument("--batch-size", type=int, help="default: 1, of the small model 8")
+    parser.add_argument("--steps", type=at_least(1), default=150)
+    parser.add_argument("--seq-len", type=at_least(2), help="default: 4096, of the small model 128")
+    parser.add_argument("--batch-size", type=at_least(1), help="default: 1, of the small model 8")
     parser.add_argument("--lr", type=float, help="default: 3e-3 for the small model, 2e-4 for LoRA")
-    parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA on attention")
-    parser.add_argument("--expert-rank", type=int, help="rank of the LoRA on all experts, 0 for none (default: --rank)")
-    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
+    parser.add_argument("--rank", type=at_least(1), default=16, help="rank of the LoRA on attention")
+    parser.add_argument(
+        "--expert-rank", type=at_least(0), help="rank of the LoRA on all experts, 0 for none (default: --rank)"
+    )
+    parser.add_argument("--save-every", type=at_least(1), default=50, help="steps between checkpoints")
     parser.add_argument(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
@@ -114,19 +129,27 @@ def read_texts(dataset: str | None, column: str) -> list[str]:
         rows = load_dataset(dataset, split="train")
         if column not in rows.column_names:
             raise SystemExit(f"--dataset {dataset}: no column {column!r}, there are {', '.join(rows.column_names)}")
-        return list(rows[column])
+        return [_string(row, f"{dataset}, row {number}, {column!r}") for number, row in enumerate(rows[column])]
     if path.suffix not in (".json", ".jsonl"):
         return [path.read_text(encoding="utf-8")]
     documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(), which also ends a line at characters that JSON may hold as they are, such as U+2028.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
-                documents.append(json.loads(line)[column])
+                document = json.loads(line)[column]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise SystemExit(
                     f"--dataset {path}, line {number}: wants JSON with {column!r}, got {error!r}"
                 ) from None
+            documents.append(_string(document, f"{path}, line {number}, {column!r}"))
     return documents
+
+
+def _string(document: object, where: str) -> str:
+    if not isinstance(document, str):
+        raise SystemExit(f"--dataset {where}: wants a string, got {document!r:.60}")
+    return document
 
 
 def pack(documents: list[str], tokenizer, seq_len: int) -> tuple[Dataset, Dataset]:
@@ -146,13 +169,13 @@ def pack(documents: list[str], tokenizer, seq_len: int) -> tuple[Dataset, Datase
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The newest complete checkpoint: the Trainer writes its own state last."""
-    steps = {
-        int(state.parent.name.split("-")[1]): state.parent for state in folder.glob("checkpoint-*/trainer_state.json")
-    }
-    if not steps:
-        raise SystemExit(f"--resume: there is no checkpoint in {folder}")
-    return steps[max(steps)]
+    """The newest complete checkpoint: the Trainer writes its own state last, so that is there and whole."""
+    steps = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
+    for step in sorted(filter(str.isdecimal, steps), key=int, reverse=True):
+        with suppress(FileNotFoundError, json.JSONDecodeError):
+            json.loads((steps[step] / "trainer_state.json").read_text())
+            return steps[step]
+    raise SystemExit(f"--resume: there is no complete checkpoint in {folder}")
 
 
 def is_whole(options: argparse.Namespace) -> bool:

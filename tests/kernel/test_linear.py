@@ -6,6 +6,7 @@ from hypothesis import given, settings
 
 from . import oracle, strategies
 from .agreement import assert_linear_agrees
+from .modes import Seen
 from .oracle import RATIO, assert_close
 from .problems import BALANCES, LAYOUTS, LinearProblem
 
@@ -66,7 +67,11 @@ def test_gradients_of_gradients_exist_and_are_right(kernel):
 
 def test_only_the_gradients_asked_for_are_computed(kernel, device):
     input, weight, m_sizes, _ = LinearProblem().draw(device, torch.float32)
-    out = kernel.moe_fused_linear(input, weight.requires_grad_(), m_sizes)
-    out.sum().backward()
-    assert weight.grad is not None and input.grad is None
-    assert not kernel.moe_fused_linear(input, weight.detach(), m_sizes).requires_grad
+    arguments = [input.requires_grad_(), weight.requires_grad_(), m_sizes]
+    for asked, op in ((0, "moe_fused_linear"), (1, "moe_fused_linear_weight_grad")):
+        leaves = [x if i == asked else x.detach() for i, x in enumerate(arguments)]
+        out = kernel.moe_fused_linear(*leaves)
+        with Seen() as seen:
+            out.sum().backward()
+        assert seen.ops == [op] and leaves[asked].grad is not None
+    assert not kernel.moe_fused_linear(*(x.detach() for x in arguments)).requires_grad

@@ -1,0 +1,69 @@
+"""What finetune.py makes of its arguments and of the files that it is given."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from datasets import Dataset
+
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def finetune(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import finetune
+
+    return finetune
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "least"),
+    [("steps", 0, 1), ("seq-len", 1, 2), ("batch-size", 0, 1), ("rank", 0, 1), ("expert-rank", -1, 0)],
+)
+def test_a_number_that_cannot_be_meant_is_refused(finetune, capsys, option, value, least):
+    with pytest.raises(SystemExit):
+        finetune.parse([f"--{option}={value}"])
+    assert f"argument --{option}: must be at least {least}, got {value}" in capsys.readouterr().err
+    assert getattr(finetune.parse([f"--{option}={least}"]), option.replace("-", "_")) == least
+
+
+def test_a_document_may_hold_any_character(finetune, tmp_path):
+    """Some end a line for Python, and none of these does for JSON."""
+    documents = ["one\u2028two\x85three", "four\nfive\u2029", "six"]
+    path = tmp_path / "notes.jsonl"
+    path.write_bytes("\r\n\n".join(json.dumps({"text": x}, ensure_ascii=False) for x in documents).encode())
+    assert finetune.read_texts(str(path), "text") == documents
+
+
+@pytest.mark.parametrize("document", [None, 5, ["one", "two"]])
+def test_a_document_that_is_no_text_is_refused_by_its_place(finetune, tmp_path, monkeypatch, document):
+    path = tmp_path / "notes.jsonl"
+    path.write_text(json.dumps({"body": "one"}) + "\n" + json.dumps({"body": document}))
+    wanted = "'body': wants a string, got " + repr(document).replace("[", r"\[")
+    with pytest.raises(SystemExit, match=rf"--dataset {path}, line 2, {wanted}"):
+        finetune.read_texts(str(path), "body")
+    rows = Dataset.from_dict({"body": [document, document]})
+    monkeypatch.setattr(finetune, "load_dataset", lambda *_, **__: rows)
+    with pytest.raises(SystemExit, match=rf"--dataset some/dataset, row 0, {wanted}"):
+        finetune.read_texts("some/dataset", "body")
+
+
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_complete(finetune, tmp_path):
+    """By number, not by name. The others are no checkpoint, without a state, or have one that was cut short."""
+
+    def add(name: str, state: str | None) -> Path:
+        (tmp_path / name).mkdir()
+        if state is not None:
+            (tmp_path / name / "trainer_state.json").write_text(state)
+        return tmp_path / name
+
+    for name, state in (("checkpoint-best", "{}"), ("checkpoint-200", None), ("checkpoint-150", '{"best')):
+        add(name, state)
+    add("checkpoint-120", "")
+    with pytest.raises(SystemExit, match=f"--resume: there is no complete checkpoint in {tmp_path}"):
+        finetune.last_checkpoint(tmp_path)
+    add("checkpoint-90", "{}")
+    complete = add("checkpoint-100", "{}")
+    assert finetune.last_checkpoint(tmp_path) == complete
