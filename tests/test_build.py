@@ -81,6 +81,15 @@ def test_a_changed_file_fails_the_digest(source, tmp_path):
         )
 
 
+def test_a_result_that_kernels_would_refuse_is_refused_here(source, tmp_path, monkeypatch):
+    """Were the digest that of some other files."""
+    digest, folders = build_kernel._digest, [source]
+    monkeypatch.setattr(build_kernel, "_digest", lambda variant: digest(folders.pop() if folders else variant))
+    with pytest.raises(DigestValidationError):
+        build_kernel.build(source, tmp_path / "build")
+    assert not (tmp_path / "build").exists()
+
+
 def test_only_the_cuda_variant_names_gpu_generations(source, tmp_path):
     cpu, cuda = map(metadata, build_kernel.build(source, tmp_path / "build"))
     assert "archs" not in cpu["backend"]
@@ -97,10 +106,11 @@ def test_a_clean_commit_names_the_ops_and_the_provenance(source, tmp_path):
         assert metadata(variant)["provenance"]["kernel"] == {"commit": head, "dirty": False}
 
 
-@pytest.mark.parametrize("change", ["edited", "untracked"])
-def test_sources_that_differ_from_the_commit_are_marked_dirty(source, tmp_path, change):
+@pytest.mark.parametrize("changed", [f"{PACKAGE}/layers.py", f"{PACKAGE}/new.py", "build.toml", "scripts/new.py"])
+def test_sources_that_differ_from_the_commit_are_marked_dirty(source, tmp_path, changed):
     head = commit(source)
-    (source / PACKAGE / ("layers.py" if change == "edited" else "new.py")).open("a").write("\n")
+    (source / changed).parent.mkdir(exist_ok=True)
+    (source / changed).open("a").write("\n")
     variant = build_kernel.build(source, tmp_path / "build")[0]
     assert metadata(variant)["id"] == f"_qwen3_moe_fused_cpu_{head[:7]}_dirty"
     assert metadata(variant)["provenance"]["kernel"]["dirty"] is True

@@ -40,9 +40,11 @@ def kernelize_model(model: nn.Module, mode: str = "training", kernel: KernelSour
     Raises:
         ValueError: ``mode`` is neither of the two, ``model`` has no Qwen3-MoE layer, or the kernel cannot compute
             one of its layers. The model is unchanged then.
-        TypeError: ``kernel`` is no :class:`KernelSource`.
+        TypeError: ``model`` is no module, or ``kernel`` no :class:`KernelSource`.
     """
-    if mode not in MODES:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {model!r}")
+    if mode not in list(MODES):
         raise ValueError(f'mode must be "training" or "inference", got {mode!r}')
     layers = [module for module in model.modules() if _layer_name(module)]
     if not layers:

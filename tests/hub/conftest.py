@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 from tests.hub.server import TOKEN, Hub
 from tests.hub.user import User
 
-REPO = "org/qwen3-moe-fused"
+REPO, BOTH = "org/qwen3-moe-fused", "org/qwen3-moe-both"
 VARIANT = "torch-cuda" if torch.version.cuda else "torch-cpu"  # the one kernels takes: PyTorch's build decides
 IDENTITY = ["-c", "user.name=Maintainer", "-c", "user.email=maintainer@localhost"]
 DATE = "2026-01-01T00:00:00+0000"
@@ -75,6 +75,17 @@ def maintainer(hub, tmp_path_factory) -> Maintainer:
 def v1(maintainer) -> str:
     """Version 1 is on the Hub; the commit of its branch."""
     return maintainer.publish(maintainer.checkout("v1"))["v1"]
+
+
+@pytest.fixture(scope="session")
+def both(maintainer, v1) -> dict[str, str]:
+    """{branch: commit} of BOTH, which has versions 1 and 2; version 2 is a later commit of the same sources."""
+    first = maintainer.publish(maintainer.home / "v1", BOTH)
+    source = maintainer.checkout("v2")
+    build = source / "build.toml"
+    build.write_text(build.read_text().replace("version = 1\n", "version = 2\n"))
+    maintainer.commit(source)
+    return first | maintainer.publish(source, BOTH)
 
 
 @pytest.fixture

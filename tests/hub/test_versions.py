@@ -2,22 +2,7 @@
 
 import json
 
-import pytest
-
-from tests.hub.conftest import VARIANT
-
-BOTH = "org/qwen3-moe-both"
-
-
-@pytest.fixture(scope="module")
-def both(maintainer, v1) -> dict[str, str]:
-    """{branch: commit} of a repository with versions 1 and 2; version 2 is a later commit of the same sources."""
-    first = maintainer.publish(maintainer.home / "v1", BOTH)
-    source = maintainer.checkout("v2")
-    build = source / "build.toml"
-    build.write_text(build.read_text().replace("version = 1\n", "version = 2\n"))
-    maintainer.commit(source)
-    return first | maintainer.publish(source, BOTH)
+from tests.hub.conftest import BOTH, VARIANT
 
 
 def test_versions_and_commits_load_side_by_side_and_all_work(user, both):

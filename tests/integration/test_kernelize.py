@@ -1,9 +1,12 @@
 """``kernelize_model``: one call, after which a loaded model gives what it gave before, through the kernel."""
 
 import copy
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from kernels import Mode, use_kernel_mapping
 from safetensors.torch import load_file
 from torch import nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
@@ -140,6 +143,16 @@ def test_experts_compute_in_the_dtype_of_their_weights(source):
     assert_close("output", want, got, 1e-2)
 
 
+def test_a_kernel_that_was_registered_for_the_same_layers_does_not_stand_in(source):
+    """It is for inference alone, so ``kernels`` would take it before one that can train as well."""
+    other = {"cpu": {Mode.INFERENCE | Mode.TORCH_COMPILE: SimpleNamespace(load=lambda: pytest.fail("was taken"))}}
+    with use_kernel_mapping({"Qwen3MoeSparseMoeBlock": other, "Qwen3MoeExperts": other}, inherit_mapping=False):
+        model = kernelize_model(QWEN3.build(), "inference", source)
+    with ExpertsCalls() as calls:
+        model(tokens())
+    assert calls.forward == 2
+
+
 def test_other_kernels_in_the_model_stay(source):
     model = QWEN3.build()
     norm = model.model.norm
@@ -166,8 +179,11 @@ def test_offloaded_weights_are_brought_back_for_the_kernel(source, tmp_path):
 
 def test_errors_name_the_argument_and_leave_the_model_alone(source):
     model = QWEN3.build(hidden_act="relu")
-    with pytest.raises(ValueError, match=r"mode must be .* got 'train'"):
-        kernelize_model(model, "train", source)
+    for mode in ("train", ["training"]):
+        with pytest.raises(ValueError, match=rf"mode must be .* got {re.escape(repr(mode))}"):
+            kernelize_model(model, mode, source)
+    with pytest.raises(TypeError, match="model must be a module, got 'Qwen/Qwen3-30B-A3B'"):
+        kernelize_model("Qwen/Qwen3-30B-A3B", kernel=source)
     with pytest.raises(TypeError, match="kernel must be a KernelSource, got 'org/qwen3-moe-fused'"):
         kernelize_model(model, kernel="org/qwen3-moe-fused")
     with pytest.raises(ValueError, match="Qwen3MoeExperts that the kernel cannot compute: its activation is ReLU"):
