@@ -31,7 +31,7 @@ class Maintainer:
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "torch-ext", source / "torch-ext", ignore=ignore)
         (source / "benchmarks").mkdir()
-        for path in (ROOT / "build.toml", ROOT / "CARD.md", *(ROOT / "benchmarks").glob("benchmark*.py")):
+        for path in (ROOT / "build.toml", ROOT / "CARD.md", *(ROOT / "benchmarks").glob("*.py")):
             shutil.copyfile(path, source / path.relative_to(ROOT))
         subprocess.run(["git", "init", "--quiet", str(source)], check=True)
         self.commit(source)

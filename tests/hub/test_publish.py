@@ -26,6 +26,7 @@ def test_branches_hold_what_a_dry_run_lays_out(hub, maintainer, v1, tmp_path):
 
 def test_version_branch_holds_build_and_benchmarks_alone(hub, v1):
     paths = set(tree(hub.repository(REPO), v1))
+    assert hub.repository(REPO).read(v1, ".gitattributes"), "the Hub's own, by which it stores files"
     sources = {path.relative_to(ROOT / "torch-ext/qwen3_moe_fused") for path in (ROOT / "torch-ext").rglob("*.py")}
     benchmarks = {f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("benchmark*.py")}
     builds = {
@@ -48,6 +49,7 @@ def test_card_lists_the_public_functions_and_layers(hub, v1):
     card = tree(hub.repository(REPO), "main")["README.md"].decode()
     for name in ("fused_experts", "moe_fused_linear", "routing", "Qwen3MoeSparseMoeBlock", "Qwen3MoeExperts"):
         assert f"- `{name}`" in card
+    assert "- `layers`" not in card
     assert f'get_kernel("{REPO}", version=1)' in card
     assert "{{" not in card and "{%" not in card
 
@@ -73,17 +75,23 @@ def test_a_newer_build_replaces_every_file_and_keeps_the_old_commit(hub, maintai
     assert old["main"] == new["main"], "the card did not change"
 
 
+def _break(source, maintainer) -> None:
+    (source / "torch-ext/qwen3_moe_fused/layers.py").open("a").write("raise RuntimeError('broken on import')\n")
+    maintainer.commit(source)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda source: (source / "torch-ext/qwen3_moe_fused/new.py").touch(), "differs from its commit"),
-        (lambda source: (source / ".git").rename(source / "git"), "is not the top of a git checkout"),
+        (lambda source, _: (source / "torch-ext/qwen3_moe_fused/new.py").touch(), "differs from its commit"),
+        (lambda source, _: (source / ".git").rename(source / "git"), "is not the top of a git checkout"),
+        (_break, "broken on import"),
     ],
-    ids=["uncommitted", "no git"],
+    ids=["uncommitted", "no git", "broken"],
 )
-def test_refuses_a_build_that_no_commit_holds(hub, maintainer, tmp_path, change, message):
+def test_refuses_a_build_that_no_commit_holds_or_that_does_not_load(hub, maintainer, tmp_path, change, message):
     source = maintainer.checkout(tmp_path.name)
-    change(source)
+    change(source, maintainer)
     run = maintainer.run(source, "--repo-id", "org/refused")
     assert run.returncode == 1
     assert message in run.stderr

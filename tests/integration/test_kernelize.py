@@ -2,11 +2,9 @@
 
 import copy
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
-from kernels import Mode, use_kernel_mapping
 from safetensors.torch import load_file
 from torch import nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
@@ -141,16 +139,6 @@ def test_experts_compute_in_the_dtype_of_their_weights(source):
     got, want = experts(hidden, *routing), stock(hidden, *routing)
     assert got.dtype == want.dtype == torch.float32
     assert_close("output", want, got, 1e-2)
-
-
-def test_a_kernel_that_was_registered_for_the_same_layers_does_not_stand_in(source):
-    """It is for inference alone, so ``kernels`` would take it before one that can train as well."""
-    other = {"cpu": {Mode.INFERENCE | Mode.TORCH_COMPILE: SimpleNamespace(load=lambda: pytest.fail("was taken"))}}
-    with use_kernel_mapping({"Qwen3MoeSparseMoeBlock": other, "Qwen3MoeExperts": other}, inherit_mapping=False):
-        model = kernelize_model(QWEN3.build(), "inference", source)
-    with ExpertsCalls() as calls:
-        model(tokens())
-    assert calls.forward == 2
 
 
 def test_other_kernels_in_the_model_stay(source):

@@ -1,5 +1,6 @@
 """fused_experts and its gradients through the Triton kernels."""
 
+import importlib
 import itertools
 
 import pytest
@@ -47,6 +48,14 @@ def test_any_strides_give_the_same(triton_kernel, argument, layout):
 )
 def test_any_problem_agrees_with_the_oracle(triton_kernel, problem, dtype, layouts):
     assert_experts_agree(triton_kernel, problem, "cpu", dtype, layouts)
+
+
+@pytest.mark.parametrize("card", ["NVIDIA H200", "one without a table"])
+def test_the_tiles_of_a_large_card(kernel, triton_kernel, monkeypatch, card):
+    """Where they are larger than registers hold, backward goes through the activation in pieces."""
+    tiling = importlib.import_module(f"{kernel.__name__}.tiling")
+    monkeypatch.setattr(tiling, "_card", lambda device: (card, 227 * 1024))
+    assert_experts_agree(triton_kernel, Problem(T=60, k=1, E=2, H=17, I=130), "cpu", torch.float16)
 
 
 @pytest.mark.parametrize("stray", [-1, 5, 2**32])
