@@ -28,6 +28,7 @@ def logits(model: nn.Module, sample: torch.Tensor) -> torch.Tensor:
 def main(argv: list[str]) -> None:
     options = finetune.parse(["--expert-rank", "8", *argv])
     trainer = finetune.train(options)
+    shutil.rmtree(options.output / "checkpoints")  # or the next demo would have to go on from them
     adapter, per_expert = options.output / "model", options.output / "model-per-expert"
     if not (adapter / "adapter_config.json").exists():
         return

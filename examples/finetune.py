@@ -61,7 +61,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="folder or Hub id of a Qwen3-MoE (default: a small one, made in --output)")
     parser.add_argument("--dataset", help="text or JSONL file, or dataset id (default: Python's language reference)")
     parser.add_argument("--text-column", default="text", help="column, or JSONL field, that holds the text")
-    parser.add_argument("--output", type=Path, default=Path("outputs/finetune"))
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("outputs/finetune"),
+        help="of checkpoints, model and pictures; a new run wants one without checkpoints (default: %(default)s)",
+    )
     parser.add_argument("--kernel", type=Path, help="folder of a built kernel (default: version 1 of the Hub's)")
     parser.add_argument("--bits", type=int, choices=[4, 16], default=4, help="of the weights that are not trained")
     parser.add_argument("--trainer", choices=["trainer", "sft"], default="trainer")
@@ -168,14 +173,29 @@ def pack(documents: list[str], tokenizer, seq_len: int) -> tuple[Dataset, Datase
     return tuple(Dataset.from_dict({"input_ids": rows, "labels": rows}) for rows in (kept, held_out))
 
 
-def last_checkpoint(folder: Path) -> Path:
-    """The newest complete checkpoint: the Trainer writes its own state last, so that is there and whole."""
-    steps = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
-    for step in sorted(filter(str.isdecimal, steps), key=int, reverse=True):
-        with suppress(FileNotFoundError, json.JSONDecodeError):
-            json.loads((steps[step] / "trainer_state.json").read_text())
-            return steps[step]
-    raise SystemExit(f"--resume: there is no complete checkpoint in {folder}")
+def complete_checkpoints(folder: Path) -> dict[int, Path]:
+    """Those of a folder, by step. The Trainer writes its own state last, of which a kill or a full disk may leave but a
+    part."""
+    found = {}
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        with suppress(ValueError):
+            found[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = state.parent
+    return found
+
+
+def checkpoint_to_resume(options: argparse.Namespace) -> Path | None:
+    """The newest complete one with --resume. Without, there must be none: a run that is killed before it has come as
+    far as an earlier one would go on as that."""
+    folder = options.output / "checkpoints"
+    found = complete_checkpoints(folder)
+    if options.resume and not found:
+        raise SystemExit(f"--resume: there is no complete checkpoint in {folder}")
+    if found and not options.resume:
+        raise SystemExit(
+            f"--output: {folder} has checkpoints of an earlier run; go on from them with --resume, or give another "
+            "--output, or remove them"
+        )
+    return found[max(found)] if found else None
 
 
 def is_whole(options: argparse.Namespace) -> bool:
@@ -316,14 +336,13 @@ def what_fits(options: argparse.Namespace) -> str:
 
 def train(options: argparse.Namespace) -> Trainer:
     """Trains, saves, and prints what came of it."""
-    plan = check(options)
+    plan, checkpoint = check(options), checkpoint_to_resume(options)
     processes = PartialState(cpu=not ON_GPU)
     if not options.model:
         with processes.main_process_first():
             small_model(options.output)
     set_seed(0)
     documents = read_texts(options.dataset, options.text_column)
-    checkpoint = last_checkpoint(options.output / "checkpoints") if options.resume else None
     model = load_base(options, checkpoint)
     if not is_whole(options):
         model = with_adapter(model, options)

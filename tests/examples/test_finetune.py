@@ -96,10 +96,12 @@ def test_in_4_bit_the_loss_falls_too(adapter):
 
 @pytest.mark.parametrize("trained", ["whole", "adapter"])
 def test_a_killed_run_resumes_to_the_same_losses(finetune, text, request, tmp_path, trained):
-    """Killed in the second epoch, while it wrote its next checkpoint: that one is not complete."""
+    """Killed in the second epoch, while it wrote its next checkpoint, and again: neither is complete."""
     uninterrupted = request.getfixturevalue(trained)
     (tmp_path / "small-qwen3-moe").symlink_to(request.getfixturevalue("whole") / "small-qwen3-moe")
-    (tmp_path / "checkpoints" / "checkpoint-18").mkdir(parents=True)
+    for step in (18, 19):
+        (tmp_path / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "checkpoint-19" / "trainer_state.json").write_text('{"global_step": 19, "log_hist')
     (tmp_path / "checkpoints" / "checkpoint-16").symlink_to(uninterrupted / "checkpoints" / "checkpoint-16")
     settings = WHOLE if trained == "whole" else ADAPTER
     printed = finetune("--dataset", text, "--output", tmp_path, "--steps", STEPS, "--resume", *settings)
@@ -129,7 +131,7 @@ def test_a_run_that_is_killed_goes_on_in_graphs_too(start, finetune, text, whole
 def test_a_full_disk_keeps_the_last_checkpoint(finetune, text, whole, adapter, tmp_path, monkeypatch):
     """A file that may grow no further fails in the middle of its writing, as it does on a full disk."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    from finetune import last_checkpoint
+    from finetune import complete_checkpoints
 
     (tmp_path / "small-qwen3-moe").symlink_to(whole / "small-qwen3-moe")
     good = tmp_path / "checkpoints" / "checkpoint-16"
@@ -143,9 +145,29 @@ def test_a_full_disk_keeps_the_last_checkpoint(finetune, text, whole, adapter, t
     )  # fmt: skip
     broken = tmp_path / "checkpoints" / f"checkpoint-{STEPS}"
     assert (broken / "adapter_model.safetensors").exists() and not (broken / "trainer_state.json").exists()
-    assert last_checkpoint(tmp_path / "checkpoints") == good
+    assert complete_checkpoints(tmp_path / "checkpoints") == {16: good}
     assert {path.name: path.read_bytes() for path in good.iterdir()} == before
     assert not (tmp_path / "model").exists()
+
+
+def test_a_new_run_does_not_start_among_the_checkpoints_of_another(tmp_path, monkeypatch):
+    """Killed before it has come as far, it would be resumed as that one."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import finetune
+
+    new, resumed = (finetune.parse(["--output", str(tmp_path), *more]) for more in ([], ["--resume"]))
+    state = tmp_path / "checkpoints" / "checkpoint-8" / "trainer_state.json"
+    state.parent.mkdir(parents=True)
+    for part in ("", '{"global_step": 8'):
+        state.write_text(part)
+        assert finetune.checkpoint_to_resume(new) is None
+        with pytest.raises(SystemExit, match="--resume: there is no complete checkpoint in"):
+            finetune.train(resumed)
+    state.write_text('{"global_step": 8}')
+    assert finetune.checkpoint_to_resume(resumed) == state.parent
+    with pytest.raises(SystemExit, match="has checkpoints of an earlier run; go on from them with --resume"):
+        finetune.train(new)
+    assert [*tmp_path.rglob("*.*")] == [state]
 
 
 @pytest.mark.parametrize("triton_interpret", ["1", pytest.param("0", marks=pytest.mark.gpu)])
@@ -215,7 +237,8 @@ def test_an_adapter_loads_with_stock_libraries(whole, adapter):
 def test_bad_text_is_named_before_training(finetune, whole, tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
-    arguments = ("--dataset", tmp_path / name, "--output", whole)
+    (tmp_path / "small-qwen3-moe").symlink_to(whole / "small-qwen3-moe")
+    arguments = ("--dataset", tmp_path / name, "--output", tmp_path)
     assert message in finetune(*arguments, *SMALL, code=1)
 
 
@@ -360,43 +383,6 @@ def test_out_of_memory_says_what_to_lower(whole, text, tmp_path, kernel_dir, mon
     wanted = rf"(?s)Tried to allocate.*Out of memory: lower --seq-len.*fit: \d+ tokens\.{hint}$"
     with pytest.raises(SystemExit, match=wanted):
         finetune.train(options)
-
-
-def test_the_clock_counts_steps_and_no_pauses(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import plots
-    from transformers import TrainerControl, TrainerState
-
-    log, save = TrainerControl(should_log=True), TrainerControl(should_save=True)
-    steps = [TrainerControl(), log, save, log]
-    now = iter([0.0, 4.0, 100.0, 103.0, 500.0, 501.0])  # begins and ends: two steps, then one that is saved, then one
-    monkeypatch.setattr(plots.time, "perf_counter", lambda: next(now))
-    clock = plots.Clock(tokens_a_step=8)
-    for number, control in enumerate(steps, 1):
-        clock.on_step_begin(None, None, control)
-        clock.on_step_end(None, None, control)
-        if control.should_log:
-            clock.on_log(None, TrainerState(global_step=number), control)
-    clock.on_log(None, TrainerState(global_step=4), log)  # an evaluation's entry: no step since the last
-    assert clock.points == [(2, 4.0), (4, 4.0)]
-
-
-@pytest.mark.gpu
-def test_the_clock_waits_for_the_gpu_before_it_looks(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import plots
-    from transformers import TrainerControl, TrainerState
-
-    clock, control = plots.Clock(tokens_a_step=1), TrainerControl(should_log=True)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    clock.on_step_begin(None, None, control)
-    begin.record()
-    torch.cuda._sleep(10**9)
-    end.record()
-    clock.on_step_end(None, None, control)
-    clock.on_log(None, TrainerState(global_step=1), control)
-    assert 1e3 / clock.points[0][1] >= begin.elapsed_time(end) > 100
 
 
 def _before_and_after(printed: str) -> tuple[float, float]:
