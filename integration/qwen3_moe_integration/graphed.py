@@ -195,8 +195,12 @@ class _Call:
         kind = hidden_states.device.type
         if not _can_record(hidden_states.device):
             raise NotRecordableError(f"it runs on {kind}")
-        if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        if any(tensor.requires_grad for tensor in tensors):
             raise NotRecordableError("it has an input besides hidden_states that requires a gradient")
+        if any(tensor.device != hidden_states.device for tensor in tensors):
+            # The host may read it for what it launches, which is recorded once.
+            raise NotRecordableError("it has an input on another device than hidden_states")
         inputs = [_meta(value) if isinstance(value, Tensor) else value for value in (hidden_states, *values)]
         state = layer.read()
         if not hidden_states.requires_grad and not state.is_trained:

@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -116,11 +117,11 @@ def test_each_shape_is_recorded_until_there_are_too_many(kernel_dir, device):
     assert recordings(model) == 2 * 2
 
 
-def assert_same_gradients(twins: tuple[PeftModel, PeftModel], batch: Tensor, mask: Tensor) -> None:
+def assert_same_gradients(twins: tuple[PeftModel, PeftModel], batch: Tensor, **options: Any) -> None:
     grads = []
     for model in twins:
         model.zero_grad()
-        model(input_ids=batch, attention_mask=mask, labels=batch).loss.backward()
+        model(input_ids=batch, labels=batch, **options).loss.backward()
         grads.append([parameter.grad for _, parameter in trainable(model)])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
@@ -130,7 +131,7 @@ def test_a_mask_may_change_from_call_to_call(twins, device):
         batch = tokens(device=device)
         mask = torch.ones_like(batch)
         mask[0, : step + 1] = 0
-        assert_same_gradients(twins, batch, mask)
+        assert_same_gradients(twins, batch, attention_mask=mask)
     assert recordings(twins[0]) == 2
 
 
@@ -141,7 +142,7 @@ def test_a_mask_that_is_filled_behind_autograds_back_is_read_each_step(twins, de
         version = mask._version
         mask.data[..., : step + 1] = -1e4
         assert mask._version == version
-        assert_same_gradients(twins, batch, mask)
+        assert_same_gradients(twins, batch, attention_mask=mask)
     assert recordings(twins[0]) == 2
 
 
@@ -173,6 +174,43 @@ def test_under_autocast(kernel_dir, device):
     assert recordings(model) == 2
     assert_same_steps(model, usual, [tokens(device=device) for _ in range(3)])
     assert recordings(model) == 4
+    assert_same_steps(model, usual, [tokens(device=device) for _ in range(3)], autocast=torch.float16)
+    assert recordings(model) == 6
+
+
+def test_a_gradient_that_is_wanted_later_is_computed(twins, device):
+    """Of the embeddings, and so of what the first layer reads."""
+    assert_same_steps(*twins, [tokens(device=device) for _ in range(3)])
+    for model in twins:
+        model.get_input_embeddings().requires_grad_()
+    assert_same_steps(*twins, [tokens(device=device) for _ in range(3)])
+    assert recordings(twins[0]) == 2 + 1
+
+
+def test_options_may_change_from_call_to_call(twins, device):
+    batch = tokens(device=device)
+    for causal in (True, True, True, False, False, False, True):
+        assert_same_gradients(twins, batch, is_causal=causal)
+    assert recordings(twins[0]) == 2 * 2
+
+
+def test_a_mask_that_is_trained_gets_its_gradient(twins, device):
+    masks = [torch.zeros(2, 1, 13, 13, device=device, requires_grad=True) for _ in twins]
+    batch = tokens(device=device)
+    with pytest.warns(UserWarning, match="an input besides hidden_states that requires a gradient"):
+        for model, mask in zip(twins, masks):
+            for _ in range(3):
+                model(input_ids=batch, attention_mask=mask, labels=batch).loss.backward()
+    assert torch.equal(*(mask.grad for mask in masks)) and masks[0].grad.any()
+
+
+def test_what_is_read_on_the_host_is_not_recorded(twins, device):
+    """As a length that decides what is launched."""
+    length = torch.zeros((), device="meta" if device == "cpu" else "cpu")
+    with pytest.warns(UserWarning, match="an input on another device than hidden_states"):
+        for _ in range(3):
+            assert_same_gradients(twins, tokens(device=device), max_length=length)
+    assert recordings(twins[0]) == 0
 
 
 def test_backward_draws_the_random_numbers_of_its_own_forward(kernel_dir, monkeypatch):
