@@ -99,12 +99,27 @@ def test_forwards_alone_are_not_recorded(twins, device):
 
 
 def test_two_forwards_before_their_backwards(twins, device):
+    """Each with a mask of its own."""
     batches = [tokens(device=device) for _ in range(4)]
+    masks = [torch.ones_like(batch) for batch in batches]
+    for padding, mask in enumerate(masks, 1):
+        mask[0, :padding] = 0
     for model in twins:
-        for pair_of in (batches[:2], batches[2:], batches[:2]):
-            sum(model(input_ids=batch, labels=batch).loss for batch in pair_of).backward()
+        for at in ((0, 1), (2, 3), (0, 1)):
+            calls = [{"input_ids": batches[i], "labels": batches[i], "attention_mask": masks[i]} for i in at]
+            sum(model(**call).loss for call in calls).backward()
     for (name, parameter), (_, other) in zip(trainable(twins[0]), trainable(twins[1])):
         assert torch.equal(parameter.grad, other.grad), name
+
+
+def test_a_parameter_that_takes_no_part_gets_no_gradient(twins, device):
+    batch, model = tokens(device=device), twins[0]
+    layers(model)[0].spare = nn.Parameter(torch.ones(3, device=device))
+    for _ in range(3):
+        model(input_ids=batch, labels=batch).loss.backward()
+    assert recordings(model) == 2 and [name for name, p in trainable(model) if p.grad is None] == [
+        name for name, _ in trainable(model) if name.endswith("spare")
+    ]
 
 
 def test_each_shape_is_recorded_until_there_are_too_many(kernel_dir, device):
@@ -188,10 +203,12 @@ def test_a_gradient_that_is_wanted_later_is_computed(twins, device):
 
 
 def test_options_may_change_from_call_to_call(twins, device):
+    """What Transformers passes on to attention, and what that ignores."""
     batch = tokens(device=device)
-    for causal in (True, True, True, False, False, False, True):
-        assert_same_gradients(twins, batch, is_causal=causal)
-    assert recordings(twins[0]) == 2 * 2
+    for options in ({"is_causal": True}, {"is_causal": False}, {"unknown": False}):
+        for _ in range(3):
+            assert_same_gradients(twins, batch, **options)
+    assert recordings(twins[0]) == 3 * 2
 
 
 def test_a_mask_that_is_trained_gets_its_gradient(twins, device):

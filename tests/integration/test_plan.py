@@ -1,21 +1,33 @@
 """The memory planner: what it counts is what the tensors of a real model take, and its answers fit each other."""
 
+import argparse
 import importlib
+import math
 from dataclasses import replace
 
 import bitsandbytes.functional as bnb
+import bitsandbytes.optim as bnb_optim
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from qwen3_moe_integration import kernelize_model
+from qwen3_moe_integration import expert_lora_config, kernelize_model
 from qwen3_moe_integration.__main__ import main
 from qwen3_moe_integration.kept import KEEPABLE
-from qwen3_moe_integration.plan import Step, make_plan
+from qwen3_moe_integration.plan import Step, command, make_plan
 from qwen3_moe_integration.plan import memory as plan_memory
-from qwen3_moe_integration.plan.memory import GIB, decoded_bytes, estimate, optimizer_bytes, read_bytes, shapes
+from qwen3_moe_integration.plan.memory import (
+    GIB,
+    decoded_bytes,
+    estimate,
+    loss_bytes,
+    optimizer_bytes,
+    read_bytes,
+    shapes,
+)
+from tests.conftest import ROOT
 
 SMALL = dict(
     vocab_size=512, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
@@ -25,11 +37,14 @@ PUBLISHED = dict(
     vocab_size=151936, hidden_size=2048, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=4,
     head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
 )  # fmt: skip
-LORA = dict(
-    target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-    target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-)
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MIB = 2**20
+
+
+def lora(rank: int, expert_rank: int) -> LoraConfig:
+    if not expert_rank:
+        return LoraConfig(r=rank, target_modules=ATTENTION)
+    return expert_lora_config(expert_rank, target_modules=ATTENTION, module_rank=rank)
 
 
 def model(**sizes) -> Qwen3MoeForCausalLM:
@@ -56,15 +71,33 @@ def test_weights_take_what_bitsandbytes_makes_of_them(tied, double_quant):
 def test_adapters_take_what_peft_makes_of_them():
     made = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL)).bfloat16()
     sizes = shapes(made)
-    trained = [p for p in get_peft_model(made, LoraConfig(r=4, **LORA)).parameters() if p.requires_grad]
-    parts = estimate(sizes, Step(rank=4, expert_rank=4))
+    trained = [p for p in get_peft_model(made, lora(rank=4, expert_rank=6)).parameters() if p.requires_grad]
+    parts = estimate(sizes, Step(rank=4, expert_rank=6))
     assert parts["adapters"] == sum(p.numel() for p in trained) * 2
 
 
-def test_8_bit_adam_keeps_a_byte_a_state_and_small_tensors_in_fp32():
-    step = Step(optimizer_bits=8)
-    assert optimizer_bytes(256 * 100, step) == 2 * (256 * 100 + 100 * 4)
-    assert optimizer_bytes(4095, step) == 2 * 4 * 4095
+@pytest.mark.parametrize(
+    ("bits", "adam"), [(8, bnb_optim.AdamW8bit), (32, torch.optim.AdamW)], ids=["bitsandbytes", "torch"]
+)
+@pytest.mark.parametrize("size", [4095, 4096, 25600])
+def test_an_optimizer_s_states_are_counted(bits, adam, size):
+    parameter = nn.Parameter(torch.zeros(size, dtype=torch.bfloat16))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = adam([parameter])
+    optimizer.step()
+    shared = "qmap1", "qmap2"  # by all parameters
+    states = [x for name, x in optimizer.state[parameter].items() if name not in shared and torch.is_tensor(x)]
+    assert optimizer_bytes(size, Step(optimizer_bits=bits)) == sum(x.nbytes for x in states if x.dim())
+
+
+def test_the_loss_takes_the_logits_of_a_chunk_or_of_all(monkeypatch):
+    """A chunk of as many tokens as Liger takes, with the option that finetune.py gives it."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    sizes, states = shapes(model(**PUBLISHED)), 3 * 2 * 2048
+    assert importlib.import_module("memory").LOSS_CHUNK == plan_memory.LOSS_CHUNK
+    for tokens, chunk in ((4096, 1024), (8192, 2048), (5 * 1024, 1024), (5 * 1024 + 1, 2048), (3, 1)):
+        assert loss_bytes(sizes, Step(tokens)) == tokens * states + chunk * 151936 * 2
+        assert loss_bytes(sizes, Step(tokens, chunked_loss=False)) == tokens * (states + 151936 * 3 * 4)
 
 
 def test_a_4_bit_30b_leaves_room_on_a_24_gib_card_and_a_16_bit_one_does_not():
@@ -118,14 +151,28 @@ def test_in_graphs_it_is_what_train_step_found_reserved_on_an_h100(layers, token
     assert (plan.peak - plan.parts["CUDA context"]) / GIB == pytest.approx(reserved, rel=0.03)
 
 
-@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize(
+    ("layers", "tokens", "rank", "offload", "reserved"),
+    [
+        (8, 4096, 16, ("experts",), 5.75),
+        (8, 8192, 16, ("experts",), 7.48),
+        (48, 4096, 16, ("experts",), 22.09),
+        (48, 8192, 8, KEEPABLE, 21.28),
+    ],
+)
+def test_with_offloading_it_is_what_train_step_found_reserved_on_an_h200(layers, tokens, rank, offload, reserved):
+    step = Step(tokens, rank=rank, expert_rank=rank, graphs=True, keep=KEEPABLE, offload=offload)
+    plan = make_plan(model(**PUBLISHED | dict(num_hidden_layers=layers)), step, 24 * GIB)
+    assert (plan.peak - plan.parts["CUDA context"]) / GIB == pytest.approx(reserved, rel=0.03)
+
+
+@pytest.mark.parametrize("rank", [20, 0])
 def test_a_layer_s_backward_reads_what_is_counted(source, rank):
     tokens, sizes = 1000, SMALL | dict(num_attention_heads=6, head_dim=16, num_experts=16)
     made = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).bfloat16()
     counted = read_bytes(shapes(made), Step(tokens, rank=4, expert_rank=rank, liger=False))
     kernelize_model(made, "training", source)
-    lora = LORA if rank else dict(target_modules=LORA["target_modules"])
-    get_peft_model(made, LoraConfig(r=4, **lora), autocast_adapter_dtype=False)
+    get_peft_model(made, lora(rank=4, expert_rank=rank), autocast_adapter_dtype=False)
     hidden = torch.randn(1, tokens, 64, dtype=torch.bfloat16, requires_grad=True)
     rotary = made.model.rotary_emb(hidden, torch.arange(tokens)[None])
     known = {x.untyped_storage().data_ptr() for x in (hidden, *rotary, *made.parameters())}
@@ -164,6 +211,19 @@ def test_experts_are_decoded_to_memory_where_registers_do_not_do(tokens, change,
     assert decoded_bytes(sizes, Step(tokens, **change), 1536 * 2048) == mib * MIB
 
 
+def test_what_is_decoded_is_scratch():
+    plan = make_plan(model(**PUBLISHED), Step(4096, byte_permutes=False), GIB)
+    assert plan.parts["kernels' scratch"] == plan_memory.WORKSPACES + 510 * MIB
+
+
+def test_without_checkpointing_each_layer_but_one_keeps_what_its_backward_reads():
+    step = Step(4096, rank=0, expert_rank=0)
+    for layers in (1, 2, 5):
+        made = model(**PUBLISHED | dict(num_hidden_layers=layers, vocab_size=512))  # so few that the loss takes little
+        recomputed, kept = (make_plan(made, replace(step, checkpointing=x), GIB).peak for x in (True, False))
+        assert kept - recomputed == (layers - 1) * read_bytes(shapes(made), step)
+
+
 def test_experts_that_no_whole_tiles_cover_are_decoded_to_memory():
     sizes = shapes(model(**PUBLISHED | dict(moe_intermediate_size=704)))
     assert decoded_bytes(sizes, Step(4096), 704 * 2048) > 0
@@ -187,7 +247,7 @@ def test_graphs_keep_a_layer_s_turn_beside_the_loss():
 
 @pytest.mark.parametrize("keep", [("attention",), ("experts",), ("attention", "experts")])
 def test_what_graphs_keep_is_counted_for_each_layer_and_not_in_the_graphs(keep):
-    made, step = model(**PUBLISHED), Step(4096, graphs=True)
+    made, step = model(**PUBLISHED), Step(4096, rank=4, expert_rank=16, graphs=True)
     without, keeps = (make_plan(made, replace(step, keep=each), GIB) for each in ((), keep))
     a_layer = {"attention": 4096 * (32 * 128 * 2 + 32 * 4), "experts": 4096 * 8 * (2 * 768 * 2 + 2 * 16 * 2 + 4)}
     for name in keep:
@@ -223,6 +283,12 @@ def test_sizes_that_make_no_step_are_named(step, message):
         make_plan(model(**SMALL), step, GIB)
 
 
+@pytest.mark.parametrize("memory", [-GIB, 0, math.inf, math.nan])
+def test_memory_that_no_card_has_is_named(memory):
+    with pytest.raises(ValueError, match=f"memory must be a positive number of bytes, got {memory}"):
+        make_plan(model(**SMALL), Step(), memory)
+
+
 def test_a_model_without_stacks_of_experts_is_refused():
     class Plain(nn.Module):
         config = Qwen3MoeConfig(**SMALL)
@@ -232,20 +298,47 @@ def test_a_model_without_stacks_of_experts_is_refused():
         make_plan(Plain(), Step(), GIB)
 
 
+CHANGES = {
+    "--seq-len 640": dict(seq_len=640),
+    "--batch-size 3": dict(batch_size=3),
+    "--rank 8": dict(rank=8, expert_rank=8),
+    "--rank 8 --expert-rank 0": dict(rank=8, expert_rank=0),
+    "--bits 16": dict(bits=16),
+    "--optimizer-bits 32": dict(optimizer_bits=32),
+    "--no-double-quant": dict(double_quant=False),
+    "--no-checkpointing": dict(checkpointing=False),
+    "--no-chunked-loss": dict(chunked_loss=False),
+    "--no-liger": dict(liger=False),
+    "--no-byte-permutes": dict(byte_permutes=False),
+    "--graphs --keep attention experts --offload experts": dict(
+        graphs=True, keep=("attention", "experts"), offload=("experts",)
+    ),
+}
+
+
+@pytest.mark.parametrize("options", ["", *CHANGES])
+def test_the_command_plans_the_step_that_its_options_say(tmp_path, options):
+    Qwen3MoeConfig(**SMALL).save_pretrained(tmp_path)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    plan = command.plan_of(parser.parse_args(["--model", str(tmp_path), *options.split()]))
+    assert plan == make_plan(model(**SMALL), Step(**CHANGES.get(options, {})), 24 * GIB)
+
+
 def test_the_command_reads_the_config_alone(tmp_path, capsys):
     Qwen3MoeConfig(**SMALL).save_pretrained(tmp_path)
-    command = ["plan", "--model", str(tmp_path), "--seq-len", "128"]
-    assert main([*command, "--gpu-memory", "1"]) == 0
+    small = ["plan", "--model", str(tmp_path), "--seq-len", "128"]
+    assert main([*small, "--gpu-memory", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("weights") and lines[-2] == "128 tokens per sequence: fits in 1 GiB."
-    assert main([*command, "--gpu-memory", "0.5"]) == 0
+    assert main([*small, "--gpu-memory", "0.5"]) == 0
     out = capsys.readouterr().out
     assert "does not fit" in out and "No sequence fits" in out
-    assert main([*command, "--graphs", "--keep", "attention", "experts"]) == 0
+    assert main([*small, "--graphs", "--keep", "attention", "experts"]) == 0
     assert "kept attention" in (out := capsys.readouterr().out) and "kept experts" in out and "host" not in out
-    assert main([*command, "--graphs", "--keep", "attention", "experts", "--offload", "experts"]) == 0
+    assert main([*small, "--graphs", "--keep", "attention", "experts", "--offload", "experts"]) == 0
     assert "host, pinned" in capsys.readouterr().out
-    assert main([*command, "--offload", "experts"]) == 1
+    assert main([*small, "--offload", "experts"]) == 1
     assert "offload must hold names among those of keep" in capsys.readouterr().err
-    assert main([*command, "--seq-len", "0"]) == 1
+    assert main([*small, "--seq-len", "0"]) == 1
     assert capsys.readouterr().err == "error: seq_len must be at least 1, got 0\n"

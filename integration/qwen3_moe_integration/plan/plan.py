@@ -1,6 +1,7 @@
 """The estimate as an answer: a table, whether the step fits, and the longest sequence that does."""
 
 from dataclasses import dataclass
+from math import inf
 
 from torch import nn
 
@@ -43,8 +44,9 @@ def make_plan(model: nn.Module, step: Step, memory: float) -> Plan:
     """The plan for one step of ``model``, which may be on the meta device, on a card with ``memory`` bytes.
 
     Raises:
-        ValueError: a size of the step is not positive, something is kept without graphs or is nothing to keep,
-            something is offloaded that is not kept, or the model has no stacks of experts.
+        ValueError: a size of the step or of the card is not positive, or the card's infinite, something is kept without
+            graphs or is nothing to keep, something is offloaded that is not kept, or the model has no stacks of
+            experts.
     """
     for name in ("seq_len", "batch_size"):
         if getattr(step, name) < 1:
@@ -52,6 +54,8 @@ def make_plan(model: nn.Module, step: Step, memory: float) -> Plan:
     for name in ("rank", "expert_rank"):
         if getattr(step, name) < 0:
             raise ValueError(f"{name} must not be negative, got {getattr(step, name)}")
+    if not 0 < memory < inf:
+        raise ValueError(f"memory must be a positive number of bytes, got {memory}")
     if not set(step.keep) <= set(KEPT_BYTES):
         raise ValueError(f"keep must hold names among {', '.join(KEPT_BYTES)}, got {step.keep!r}")
     if step.keep and not step.graphs:
