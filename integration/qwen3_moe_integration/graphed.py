@@ -39,9 +39,9 @@ def enable_graphed_checkpointing(
 
     Call it once the adapters are in place, instead of ``gradient_checkpointing_enable``. A Trainer must not enable
     checkpointing itself: ``TrainingArguments(gradient_checkpointing=False)``. It pays where batches have few different
-    shapes. These are checkpointed as usual, with a warning: calls on a CPU, layers with hooks (those of FSDP, of
-    ``device_map`` over several devices and of ``output_router_logits``, among others), and what comes after
-    ``variants`` different forms of calls.
+    shapes. These are checkpointed as usual, with a warning: calls on a CPU, those with tensors besides hidden states
+    that lie on another device or want a gradient, layers with hooks (those of FSDP, of ``device_map`` over several
+    devices and of ``output_router_logits``, among others), and what comes after ``variants`` different forms of calls.
 
     Args:
         model: a Transformers model, or a PEFT model around one.

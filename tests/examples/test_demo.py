@@ -34,4 +34,5 @@ def test_the_adapter_goes_through_files_and_layouts(kernel_dir, tmp_path):
     ]
     assert layouts == ["peft", "per-expert"]
     factors = read_adapter(tmp_path / "model")
+    assert not (tmp_path / "checkpoints").exists(), "in the way of the next demo"
     assert factors.config["r"] == 3 and factors.config["rank_pattern"]["q_proj"] == 2

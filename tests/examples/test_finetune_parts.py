@@ -1,0 +1,65 @@
+"""Parts of finetune.py, called alone: what is held out, what saving leaves when it fails, the adapters' dtype."""
+
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.integration.models import QWEN3
+
+
+@pytest.fixture
+def finetune(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import finetune
+
+    return finetune
+
+
+class Letters:
+    """A tokenizer that knows small letters."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[ord(letter) - ord("`") for letter in text])
+
+
+def test_documents_are_packed_end_to_end_and_every_twentieth_sequence_is_held_out(finetune):
+    documents = ["abcde", "fg", "a" * 130]
+    train, held_out = (rows["input_ids"] for rows in finetune.pack(documents, Letters(), 3))
+    assert held_out[0] == [1, 2, 3] and train[:2] == [[4, 5, 0], [6, 7, 0]]
+    assert (len(train), len(held_out)) == (43, 3)  # 140 tokens: 46 sequences, and two tokens that make none
+
+
+def test_a_model_is_replaced_by_a_complete_one_alone(finetune, tmp_path):
+    """The disk is full when half of the new one is written."""
+    folder = tmp_path / "model"
+
+    def save_model(to: str, text: str, fails: bool) -> None:
+        Path(to).mkdir()
+        (Path(to) / "weights").write_text(text)
+        if fails:
+            raise OSError(28, "No space left on device")
+
+    def save(text: str, fails: bool) -> None:
+        finetune.save(SimpleNamespace(save_model=lambda to: save_model(to, text, fails)), folder)
+
+    save("first", fails=False)
+    with pytest.raises(OSError, match="No space left"):
+        save("half of", fails=True)
+    assert (folder / "weights").read_text() == "first"
+    save("second", fails=False)
+    assert (folder / "weights").read_text() == "second" and [*tmp_path.iterdir()] == [folder]
+
+
+@pytest.mark.parametrize(("of_yours", "dtype"), [(["--model", "any"], torch.bfloat16), ([], torch.float32)], ids=str)
+def test_adapters_of_a_model_of_yours_have_its_dtype(finetune, of_yours, dtype):
+    options = finetune.parse([*of_yours, "--bits", "16", "--rank", "3", "--expert-rank", "2"])
+    model = finetune.with_adapter(QWEN3.build().bfloat16(), options)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {dtype}
+    assert trained["base_model.model.model.layers.1.self_attn.o_proj.lora_A.default.weight"].shape[0] == 3
+    assert any("experts" in name for name in trained)
