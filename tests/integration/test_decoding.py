@@ -149,9 +149,10 @@ def test_the_weight_is_that_of_now(device, noting):
     assert len(noting.asked) == 2 * 4
     leaf = x.clone().requires_grad_()
     (want,) = torch.autograd.grad(models[1](leaf).sum(), leaf)
-    out = models[0](leaf).sum()
-    layer_of(models[0]).base_layer.weight.data = torch.zeros_like(other.data)
-    assert torch.equal(torch.autograd.grad(out, leaf)[0], want), "backward is of what forward multiplied"
+    for each in models:
+        out = each(leaf).sum()
+        layer_of(each).base_layer.weight.data = torch.zeros_like(other.data)
+        assert torch.equal(torch.autograd.grad(out, leaf)[0], want), "backward is of what forward multiplied"
 
 
 def test_on_a_cpu_bitsandbytes_decodes(kernel, monkeypatch):

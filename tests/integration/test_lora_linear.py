@@ -251,6 +251,11 @@ def _hooked(name: str, kind: str) -> Callable[[PeftModel], None]:
     return hook
 
 
+class Twice(bnb.nn.Linear4bit):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 CASES = {
     "several adapters": ({}, _two_active),
     "none": ({}, lambda model: model.base_model.set_adapter([])),
@@ -265,6 +270,7 @@ CASES = {
         {},
         lambda model: setattr(layer_of(model).base_layer, "compute_dtype", torch.float16),
     ),
+    "base of another class": ({}, lambda model: setattr(layer_of(model).base_layer, "__class__", Twice)),
     "Accelerate's hook on the base": ({}, lambda model: add_hook_to_module(layer_of(model).base_layer, ModelHook())),
 }
 for part in ("base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"):

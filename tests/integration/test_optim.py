@@ -18,11 +18,17 @@ def parameters(device: str, dtype: torch.dtype) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(size, device=device, dtype=dtype)) for size in ((96, 70), (3, 5), (4,))]
 
 
+def groups(parameters: list[torch.nn.Parameter]) -> list[dict]:
+    """With settings of their own, as the Trainer's are."""
+    return [{"params": parameters[:1]}, {"params": parameters[1:], "weight_decay": 0.0, "lr": 3e-2}]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parameters_and_states_are_bitsandbytes_own_to_the_last_bit(device, dtype):
     ours = parameters(device, dtype)
     theirs = copy.deepcopy(ours)
-    optimizers = [AdamW8bit(ours, **SETTINGS), bitsandbytes.optim.AdamW8bit(theirs, **SETTINGS)]
+    kinds = AdamW8bit, bitsandbytes.optim.AdamW8bit
+    optimizers = [kind(groups(each), **SETTINGS) for kind, each in zip(kinds, (ours, theirs))]
     for _ in range(5):
         for a, b in zip(ours[:2], theirs[:2]):
             a.grad = torch.randn_like(a)
@@ -50,6 +56,19 @@ def test_it_goes_on_from_a_state_that_bitsandbytes_saved(device):
     for optimizer in (kept, again):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def test_what_bitsandbytes_is_told_of_one_weight_holds(device, monkeypatch):
+    module = torch.nn.Sequential(*(torch.nn.Linear(96, 70, bias=False, device=device) for _ in range(2)))
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for name in ("pid2config", "index2config"):
+        monkeypatch.setattr(manager, name, {})
+    monkeypatch.setattr(manager, "module_weight_config_triple", [(module[1], "weight", {"optim_bits": 32})])
+    optimizer = AdamW8bit(module.parameters(), **SETTINGS)
+    for each in module:
+        each.weight.grad = torch.randn_like(each.weight)
+    optimizer.step()
+    assert [optimizer.state[each.weight]["state1"].dtype for each in module] == [torch.uint8, torch.float32]
 
 
 def test_it_waits_for_paged_states_alone(device):

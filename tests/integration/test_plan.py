@@ -199,7 +199,8 @@ def test_the_kernel_decodes_as_many_experts_at_a_time_as_it_says(kernel):
     ("tokens", "change", "mib"),
     [
         (4096, dict(), 0),  # decoded in registers
-        (20480, dict(), 60),  # as many experts as 64 MiB hold, of 6 MiB
+        (19200, dict(), 0),
+        (19201, dict(), 60),  # some expert has more than 1200 rows: as many experts as 64 MiB hold, of 6 MiB
         (512, dict(byte_permutes=False), 0),
         (4096, dict(byte_permutes=False), 510),
         (8192, dict(byte_permutes=False), 60),
@@ -272,10 +273,12 @@ def test_of_what_is_offloaded_two_layers_have_the_gpu_s_memory_and_all_the_host_
     ("step", "message"),
     [
         (Step(seq_len=0), "seq_len must be at least 1, got 0"),
+        (Step(batch_size=0), "batch_size must be at least 1, got 0"),
         (Step(keep=("experts",)), "keep is for layers in CUDA graphs"),
         (Step(keep=("routers",), graphs=True), r"keep must hold names among attention, experts, got \('routers',\)"),
         (Step(keep=("attention",), offload=("experts",), graphs=True), r"among those of keep, \('attention',\), got"),
         (Step(expert_rank=-1), "expert_rank must not be negative"),
+        (Step(rank=-1), "rank must not be negative, got -1"),
     ],
 )
 def test_sizes_that_make_no_step_are_named(step, message):
