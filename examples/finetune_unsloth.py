@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # isort: split
     import torch
-    from finetune import ON_GPU, pack, read_texts, save
+    from documents import pack, read_texts
+    from finetune import ON_GPU, save
     from tiny_checkpoint import small_model
     from transformers import Trainer, TrainingArguments, default_data_collator
 

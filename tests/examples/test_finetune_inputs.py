@@ -45,7 +45,7 @@ def test_a_document_that_is_no_text_is_refused_by_its_place(finetune, tmp_path, 
     with pytest.raises(SystemExit, match=rf"--dataset {path}, line 2, {wanted}"):
         finetune.read_texts(str(path), "body")
     rows = Dataset.from_dict({"body": [document, document]})
-    monkeypatch.setattr(finetune, "load_dataset", lambda *_, **__: rows)
+    monkeypatch.setattr("documents.load_dataset", lambda *_, **__: rows)
     with pytest.raises(SystemExit, match=rf"--dataset some/dataset, row 0, {wanted}"):
         finetune.read_texts("some/dataset", "body")
 
@@ -53,17 +53,20 @@ def test_a_document_that_is_no_text_is_refused_by_its_place(finetune, tmp_path, 
 def test_a_run_goes_on_from_the_newest_checkpoint_that_is_complete(finetune, tmp_path):
     """By number, not by name. The others are no checkpoint, without a state, or have one that was cut short."""
 
-    def add(name: str, state: str | None) -> Path:
-        (tmp_path / name).mkdir()
-        if state is not None:
-            (tmp_path / name / "trainer_state.json").write_text(state)
-        return tmp_path / name
+    options = finetune.parse(["--output", str(tmp_path), "--resume"])
 
-    for name, state in (("checkpoint-best", "{}"), ("checkpoint-200", None), ("checkpoint-150", '{"best')):
+    def add(name: str, state: str | None) -> Path:
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+        return folder
+
+    for name, state in (("checkpoint-200", None), ("checkpoint-150", '{"best'), ("checkpoint-130", "{}")):
         add(name, state)
     add("checkpoint-120", "")
-    with pytest.raises(SystemExit, match=f"--resume: there is no complete checkpoint in {tmp_path}"):
-        finetune.last_checkpoint(tmp_path)
-    add("checkpoint-90", "{}")
-    complete = add("checkpoint-100", "{}")
-    assert finetune.last_checkpoint(tmp_path) == complete
+    with pytest.raises(SystemExit, match=f"--resume: there is no complete checkpoint in {tmp_path}/checkpoints"):
+        finetune.checkpoint_to_resume(options)
+    add("checkpoint-90", '{"global_step": 90}')
+    complete = add("checkpoint-100", '{"global_step": 100}')
+    assert finetune.checkpoint_to_resume(options) == complete
