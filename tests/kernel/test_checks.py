@@ -87,6 +87,29 @@ def test_fused_experts_names_the_mistake(kernel, device, argument, spoil, error,
         kernel.fused_experts(**inputs)
 
 
+@pytest.mark.parametrize(
+    ("argument", "spoil", "error", "message"),
+    [
+        ("hidden_states", lambda x: x.int(), TypeError, r"hidden_states must be one of .*, got torch.int32"),
+        ("gate_up_proj", lambda x: x.int(), TypeError, r"gate_up_proj must be one of .*, got torch.int32"),
+        ("down_proj", lambda x: None, TypeError, r"down_proj must be a tensor of shape \(E, H, I\), got NoneType"),
+    ],
+)
+def test_autocast_hides_no_mistake(kernel, device, argument, spoil, error, message):
+    inputs = Problem().draw(device, torch.float32)._asdict()
+    del inputs["grad_output"]
+    inputs[argument] = spoil(inputs[argument])
+    with torch.autocast(device, torch.bfloat16), pytest.raises(error, match=message):
+        kernel.fused_experts(**inputs)
+
+
+def test_on_no_device_results_have_their_shape(kernel):
+    inputs = Problem().draw("cpu", torch.float32)._asdict()
+    del inputs["grad_output"]
+    out = kernel.fused_experts(**{name: x.to("meta") for name, x in inputs.items()})
+    assert out.is_meta and out.shape == inputs["hidden_states"].shape
+
+
 @pytest.mark.parametrize("activation", ["relu", "SiLU", "", None])
 def test_an_activation_it_does_not_know_is_refused(kernel, device, activation):
     inputs = Problem().draw(device, torch.float32)
@@ -101,8 +124,10 @@ def test_an_activation_it_does_not_know_is_refused(kernel, device, activation):
         (torch.zeros(3, 2), 4, 16, TypeError, r"top_k_index must be one of .*, got torch.float32"),
         ([[0, 1]], 4, 16, TypeError, r"top_k_index must be a tensor of shape \(T, k\), got list"),
         (torch.zeros(3, 2).long(), 0, 16, ValueError, "num_experts must be at least 1, got 0"),
-        (torch.zeros(3, 2).long(), 4, 8, ValueError, "block_m must be a power of two of at least 16, got 8"),
-        (torch.zeros(3, 2).long(), 4, 48, ValueError, "block_m must be a power of two of at least 16, got 48"),
+        (torch.zeros(3, 2).long(), 4.0, 16, TypeError, "num_experts must be an integer, got float"),
+        (torch.zeros(3, 2).long(), 4, 8, ValueError, "block_m must be at least 16, got 8"),
+        (torch.zeros(3, 2).long(), 4, 48, ValueError, "block_m must be a power of two, got 48"),
+        (torch.zeros(3, 2).long(), 4, "64", TypeError, "block_m must be an integer, got str"),
     ],
 )
 def test_routing_names_the_mistake(kernel, index, num_experts, block_m, error, message):

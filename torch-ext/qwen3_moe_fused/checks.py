@@ -37,6 +37,13 @@ def check_integer(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{name} must be one of {_names(INTEGERS)}, got {tensor.dtype}")
 
 
+def check_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def check_like(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor, dtype: bool = True) -> None:
     """``tensor`` must be on the device of ``other`` and, with ``dtype``, have its dtype."""
     if tensor.device != other.device:

@@ -75,8 +75,8 @@ def fused_experts(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it wants.
     """
-    check_dims("hidden_states", hidden_states, "(T, H)")
-    if torch.is_autocast_enabled(hidden_states.device.type):
+    _check_kinds(hidden_states, gate_up_proj, down_proj)
+    if not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type):
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
         hidden_states = hidden_states.to(dtype)
         gate_up_proj, down_proj = (
@@ -100,15 +100,22 @@ def fused_experts(
     return run_forward(*tokens, gate_up, down, seed, activation, save=False)[0]
 
 
+def _check_kinds(hidden_states, gate_up_proj, down_proj) -> None:
+    """Of what autocast casts, and so would make pass."""
+    check_dims("hidden_states", hidden_states, "(T, H)")
+    check_float("hidden_states", hidden_states)
+    check_device("hidden_states", hidden_states)
+    for name, weight, dims in (("gate_up_proj", gate_up_proj, "(E, 2I, H)"), ("down_proj", down_proj, "(E, H, I)")):
+        check_weight(name, weight, dims)
+        if not isinstance(weight, FourBitWeight):
+            check_float(name, weight)
+
+
 def _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation) -> None:
     check_dims("top_k_index", top_k_index, "(T, k)")
     check_dims("top_k_weights", top_k_weights, "(T, k)")
-    check_weight("gate_up_proj", gate_up_proj, "(E, 2I, H)")
-    check_weight("down_proj", down_proj, "(E, H, I)")
-    check_float("hidden_states", hidden_states)
     check_float("top_k_weights", top_k_weights)
     check_integer("top_k_index", top_k_index)
-    check_device("hidden_states", hidden_states)
     for name, tensor in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
         check_like(name, tensor, "hidden_states", hidden_states, dtype=False)
         check_size(name, tensor, 0, hidden_states.shape[0], "T of hidden_states")
@@ -178,10 +185,12 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 def _op_is_seen(tensors: Tuple) -> bool:
     """Whether there is someone who wants to see the op: torch.compile, a dispatch mode (which may trace, count or
-    save by op), torch.func, or a kind of tensor (fake, distributed) that gives it another meaning."""
+    save by op), torch.func, or a kind of tensor (fake, distributed, on the meta device) that gives it another meaning.
+    """
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or not {*map(type, tensors)} <= _PLAIN
+        or tensors[0].is_meta
     )

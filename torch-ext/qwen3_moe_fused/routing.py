@@ -18,7 +18,7 @@ import torch
 
 from . import reference
 from ._ops import add_op_namespace_prefix
-from .checks import check_device, check_dims, check_integer
+from .checks import check_count, check_device, check_dims, check_integer
 
 
 class Routing(NamedTuple):
@@ -49,10 +49,10 @@ def routing(top_k_index: torch.Tensor, num_experts: int, block_m: int = 128) -> 
     check_dims("top_k_index", top_k_index, "(T, k)")
     check_integer("top_k_index", top_k_index)
     check_device("top_k_index", top_k_index)
-    if num_experts < 1:
-        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
-    if block_m < 16 or block_m & (block_m - 1):
-        raise ValueError(f"block_m must be a power of two of at least 16, got {block_m}")
+    check_count("num_experts", num_experts, 1)
+    check_count("block_m", block_m, 16)
+    if block_m & (block_m - 1):
+        raise ValueError(f"block_m must be a power of two, got {block_m}")
     return Routing(*_routing(top_k_index, num_experts, block_m))
 
 
