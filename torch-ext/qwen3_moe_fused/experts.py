@@ -80,7 +80,7 @@ def fused_experts(
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
         hidden_states = hidden_states.to(dtype)
         gate_up_proj, down_proj = (
-            weight if isinstance(weight, FourBitWeight) else weight.to(dtype) for weight in (gate_up_proj, down_proj)
+            _cast(name, weight, dtype) for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj))
         )
     _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
     gate_up, down = Projection(gate_up_proj, gate_up_lora), Projection(down_proj, down_lora)
@@ -100,15 +100,20 @@ def fused_experts(
     return run_forward(*tokens, gate_up, down, seed, activation, save=False)[0]
 
 
+def _cast(name: str, weight: Weight, dtype: torch.dtype) -> Weight:
+    if isinstance(weight, FourBitWeight):
+        return weight
+    check_float(name, weight)
+    return weight.to(dtype)
+
+
 def _check_kinds(hidden_states, gate_up_proj, down_proj) -> None:
-    """Of what autocast casts, and so would make pass."""
+    """What autocast would make pass, or cannot cast."""
     check_dims("hidden_states", hidden_states, "(T, H)")
     check_float("hidden_states", hidden_states)
     check_device("hidden_states", hidden_states)
     for name, weight, dims in (("gate_up_proj", gate_up_proj, "(E, 2I, H)"), ("down_proj", down_proj, "(E, H, I)")):
         check_weight(name, weight, dims)
-        if not isinstance(weight, FourBitWeight):
-            check_float(name, weight)
 
 
 def _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation) -> None:
