@@ -34,7 +34,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, choices=[4, 16], default=4, help="of the weights of attention and experts")
     parser.add_argument("--kernel", type=Path, help="folder of a built kernel (default: version 1 of the Hub's)")
     parser.add_argument(
-        "--compile", action="store_true", help="on a GPU, decode by a CUDA graph: a minute to start, then far faster"
+        "--compile",
+        action="store_true",
+        help="on a GPU, decode by a CUDA graph: minutes to start, then several times as fast",
     )
     parser.add_argument("--save", type=Path, help="folder to save the model in, to load it faster the next time")
     parser.add_argument("--output", type=Path, default=Path("outputs/generate"))
