@@ -10,13 +10,12 @@ with random weights is made in --checkpoints first, 1.3 GB a layer, and stays th
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import shutil
 import sys
 import time
 from pathlib import Path
 
 import torch
+from harness.files import made
 from harness.peers import installed
 from harness.step import adam, command, results, training_step, write
 
@@ -42,15 +41,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def checkpoint(options: argparse.Namespace) -> Path:
-    """The folder of the model's files; makes them if they are not there, in a process that Unsloth has not changed."""
+    """The folder of the model's files; makes them if they are not there."""
     folder = options.checkpoints / f"qwen3-moe-{options.layers}-layers{'-tiny' if options.tiny else ''}"
-    if not folder.exists():
-        maker = multiprocessing.get_context("spawn").Process(target=make, args=(folder, options.layers, options.tiny))
-        maker.start()
-        maker.join()
-        if maker.exitcode:
-            raise SystemExit(f"The checkpoint {folder} could not be made")
-    return folder
+    return made(folder, make, options.layers, options.tiny)
 
 
 def make(folder: Path, layers: int, tiny: bool) -> None:
@@ -60,16 +53,13 @@ def make(folder: Path, layers: int, tiny: bool) -> None:
     from transformers import PreTrainedTokenizerFast
 
     sizes = config(layers, **TINY if tiny else {})
-    beside = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(beside, ignore_errors=True)
-    write_checkpoint(beside, sizes, "cuda" if torch.cuda.is_available() else "cpu")
+    write_checkpoint(folder, sizes, "cuda" if torch.cuda.is_available() else "cpu")
     # As many words as the model has embeddings: Unsloth sets those of no word to zero.
     special = {"unk_token": "<unk>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     words = [*special.values(), *(f"w{i}" for i in range(len(special), sizes.vocab_size))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(beside)
-    beside.rename(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 def build(options: argparse.Namespace, folder: Path) -> torch.nn.Module:

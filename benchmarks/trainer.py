@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +20,7 @@ from pathlib import Path
 import torch
 from harness.checkpoint import write_checkpoint
 from harness.environment import environment, kernel_identity
-from harness.files import write_whole
+from harness.files import made, write_whole
 from harness.model import TINY, config
 from harness.step import command
 
@@ -49,15 +47,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def checkpoint(options: argparse.Namespace) -> Path:
-    """The folder of the model's files; makes them if they are not there, in a process that then leaves the GPU."""
+    """The folder of the model's files; makes them if they are not there."""
     folder = options.checkpoints / f"qwen3-moe-{options.layers}-layers-text{'-tiny' if options.tiny else ''}"
-    if not folder.exists():
-        maker = multiprocessing.get_context("spawn").Process(target=make, args=(folder, options.layers, options.tiny))
-        maker.start()
-        maker.join()
-        if maker.exitcode:
-            raise SystemExit(f"The checkpoint {folder} could not be made")
-    return folder
+    return made(folder, make, options.layers, options.tiny)
 
 
 def make(folder: Path, layers: int, tiny: bool) -> None:
@@ -65,11 +57,8 @@ def make(folder: Path, layers: int, tiny: bool) -> None:
     from tiny_checkpoint import train_tokenizer
 
     sizes = config(layers, **TINY if tiny else {})
-    beside = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(beside, ignore_errors=True)
-    write_checkpoint(beside, sizes, "cuda" if torch.cuda.is_available() else "cpu")
-    train_tokenizer(min(2048, sizes.vocab_size)).save_pretrained(beside)
-    beside.rename(folder)
+    write_checkpoint(folder, sizes, "cuda" if torch.cuda.is_available() else "cpu")
+    train_tokenizer(min(2048, sizes.vocab_size)).save_pretrained(folder)
 
 
 def table_of(script: str, *arguments: str | Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ adapter an expert, which other tools read, and that is loaded as well. The argum
 import gc
 import shutil
 import sys
+from pathlib import Path
 
 import finetune
 import torch
@@ -16,6 +17,8 @@ from torch import nn
 
 from qwen3_moe_integration.convert import convert_adapter
 
+OUTPUT = Path("outputs/demo")
+"""Where each demo starts anew; elsewhere nothing is removed."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """How far outputs may be from each other where the same sums are taken in another order, as a ratio of norms."""
 
@@ -26,9 +29,10 @@ def logits(model: nn.Module, sample: torch.Tensor) -> torch.Tensor:
 
 
 def main(argv: list[str]) -> None:
-    options = finetune.parse(["--expert-rank", "8", *argv])
+    options = finetune.parse(["--expert-rank", "8", "--output", str(OUTPUT), *argv])
+    if options.output == OUTPUT and not options.resume:
+        shutil.rmtree(OUTPUT / "checkpoints", ignore_errors=True)
     trainer = finetune.train(options)
-    shutil.rmtree(options.output / "checkpoints")  # or the next demo would have to go on from them
     adapter, per_expert = options.output / "model", options.output / "model-per-expert"
     if not (adapter / "adapter_config.json").exists():
         return

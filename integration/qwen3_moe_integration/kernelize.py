@@ -44,7 +44,7 @@ def kernelize_model(model: nn.Module, mode: str = "training", kernel: KernelSour
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {model!r}")
-    if mode not in list(MODES):
+    if mode not in list(MODES):  # a dict would ask for its hash
         raise ValueError(f'mode must be "training" or "inference", got {mode!r}')
     layers = [module for module in model.modules() if _layer_name(module)]
     if not layers:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from qwen3_moe_integration.convert import layout_of, read_adapter
@@ -34,5 +35,23 @@ def test_the_adapter_goes_through_files_and_layouts(kernel_dir, tmp_path):
     ]
     assert layouts == ["peft", "per-expert"]
     factors = read_adapter(tmp_path / "model")
-    assert not (tmp_path / "checkpoints").exists(), "in the way of the next demo"
     assert factors.config["r"] == 3 and factors.config["rank_pattern"]["q_proj"] == 2
+
+
+def test_a_demo_starts_anew_and_removes_nothing_of_other_runs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import demo
+
+    monkeypatch.chdir(tmp_path)
+    own, others = demo.OUTPUT / "checkpoints", tmp_path / "outputs" / "finetune" / "checkpoints"
+    for folder in (own, others):
+        folder.mkdir(parents=True)
+
+    def train(options):
+        raise InterruptedError
+
+    monkeypatch.setattr(demo.finetune, "train", train)
+    for arguments, left in ((["--resume"], True), (["--output", str(others.parent)], True), ([], False), ([], False)):
+        with pytest.raises(InterruptedError):
+            demo.main(arguments)
+        assert own.exists() is left and others.exists()

@@ -1,5 +1,7 @@
-"""Parts of finetune.py, called alone: what is held out, what saving leaves when it fails, the adapters' dtype."""
+"""Parts of finetune.py, called alone: what is held out, what saving leaves when it fails, the adapters' dtype, and what
+the Trainer reads of a step's tensors."""
 
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -63,3 +65,23 @@ def test_adapters_of_a_model_of_yours_have_its_dtype(finetune, of_yours, dtype):
     assert {p.dtype for p in trained.values()} == {dtype}
     assert trained["base_model.model.model.layers.1.self_attn.o_proj.lora_A.default.weight"].shape[0] == 3
     assert any("experts" in name for name in trained)
+
+
+def test_the_trainer_asks_no_step_for_its_values(finetune, tmp_path, monkeypatch):
+    """On a GPU each answer has to be waited for. Between two entries of the log there is no need."""
+    options = finetune.parse(["--output", str(tmp_path), "--bits", "16", "--steps", "20"])
+    rows = finetune.Dataset.from_dict({"input_ids": [[1, 2, 3]] * 8, "labels": [[1, 2, 3]] * 8})
+    trainer = finetune.make_trainer(options, QWEN3.build(), None, rows, rows)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert trainer.get_batch_samples(iter([batch]), 1, "cpu") == ([batch], None), "to count it, a number is copied"
+    truth, asked, logged = torch.Tensor.__bool__, [], []
+
+    def noted(tensor: torch.Tensor) -> bool:
+        asked.append(Path(sys._getframe(1).f_code.co_filename).name)
+        return truth(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "__bool__", noted)
+    monkeypatch.setattr(trainer, "_maybe_log_save_evaluate", lambda *args, **kwargs: logged.append(1))
+    trainer.args.max_steps, trainer.args.eval_on_start = 1, False
+    trainer.train()
+    assert logged and "trainer.py" not in asked
