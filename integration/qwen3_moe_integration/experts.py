@@ -59,8 +59,10 @@ def takes_adapters(experts: nn.Module) -> bool:
 def kernel_of(experts: nn.Module) -> Optional[ModuleType]:
     """The kernel that a call of this experts module runs; if it runs none, some other module or None."""
     forward = getattr(experts, "_old_forward", experts.forward)  # Accelerate's hooks stand in front of it
-    # Its globals, for until PyTorch 2.12 torch.compile could not tell a function's __module__.
-    kernel = sys.modules.get(getattr(forward, "__globals__", {}).get("__package__"))
+    try:  # its globals, for until PyTorch 2.12 torch.compile could not tell a function's __module__
+        kernel = sys.modules.get(forward.__func__.__globals__["__package__"])
+    except AttributeError:  # no method, so none of a kernel's
+        kernel = None
     function = ALL_EXPERTS_FUNCTIONS.get(EXPERTS_IMPLEMENTATION)
     chosen = getattr(getattr(experts, "config", None), "_experts_implementation", None) == EXPERTS_IMPLEMENTATION
     if not hasattr(kernel, "fused_experts") and chosen:

@@ -5,6 +5,7 @@ thread, and that the calls go on to launch what they would have launched anyway.
 """
 
 import importlib
+import inspect
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -67,7 +68,9 @@ class Compiler:
 
         if mode is not None:
             self.asked.append(name)
-            return mode.submit((name, key), work, lambda kernel: cache.__setitem__(key, kernel))
+            finalize, clean_up = lambda kernel: cache.__setitem__(key, kernel), lambda kernel: None
+            newer = "cleanup_fn" in inspect.signature(mode.submit).parameters  # from Triton 3.9 on
+            return mode.submit((name, key), work, finalize, *((clean_up,) if newer else ()))
         cache[key] = work()
         self.in_turn.append(name)
         return cache[key]
