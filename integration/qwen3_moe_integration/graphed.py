@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from .kept import KEEPABLE, Kept
 from .layer_state import LayerState, NotRecordableError, State
 from .recording import Device, Recording, Replay, casts_in_force
+from .unmasked import leave_unmasked, without_empty_mask
 
 Tensor = torch.Tensor
 
@@ -81,6 +82,7 @@ def enable_graphed_checkpointing(
         raise ValueError(f"model must be or contain a model of Transformers, got a {type(model).__name__}")
     checkpointed = GraphedCheckpoint(variants, tuple(keep), tuple(offload))
     base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=checkpointed)
+    leave_unmasked(base, checkpointed)
     return model
 
 
@@ -94,6 +96,7 @@ class GraphedCheckpoint:
 
     def __call__(self, function: functools.partial, hidden_states: Tensor, *args: Any) -> Any:
         """``function`` is a layer's bound ``__call__`` with its keyword arguments."""
+        function = without_empty_mask(function)
         if not torch.is_grad_enabled():
             return function(hidden_states, *args)
         layer = function.func.__self__

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.host_syncs import host_syncs
 from tests.integration import graphs
+from tests.integration.models import tokens
 
 pytest.importorskip("bitsandbytes")
 
@@ -25,6 +28,24 @@ def test_a_tiny_model_trains_and_is_measured(kernel, kernel_dir, tmp_path, capsy
     attention = 2 * 16 * 4 * (64 + 64)
     assert result["trained_parameters"] == experts + attention
     assert result["profile"]["kernels"] and (tmp_path / "train_step-2-layers.md").exists()
+
+
+def test_a_step_asks_for_no_values(kernel_dir, monkeypatch):
+    """On a GPU each answer would have to be waited for. Liger's loss, which a CPU cannot run, asks once."""
+    import train_step
+
+    graphs.stand_in(monkeypatch.setattr)
+    options = train_step.parse(["--graphs", "--tiny", "--no-liger", "--layers", "2", "--kernel", str(kernel_dir)])
+    model = train_step.build(options, train_step.config(2, **train_step.TINY), "cpu")
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], 1e-3
+    )  # Adam counts on the host here
+    step, ids = train_step.training_step(model, optimizer), tokens(1, 16)
+    for _ in range(3):
+        step(ids)
+    files = host_syncs(monkeypatch)
+    step(ids)
+    assert graphs.recordings(model) == 2 and files == []
 
 
 def test_graphs_alone_keep_what_they_are_asked_to(capsys):

@@ -1,14 +1,17 @@
 """Parts of finetune.py, called alone: what is held out, what saving leaves when it fails, the adapters' dtype, and what
 the Trainer reads of a step's tensors."""
 
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+from qwen3_moe_integration import KernelSource
 from tests.conftest import ROOT
+from tests.host_syncs import host_syncs
+from tests.integration.graphs import recordings, stand_in
+from tests.integration.lora import config, pair
 from tests.integration.models import QWEN3
 
 
@@ -67,21 +70,22 @@ def test_adapters_of_a_model_of_yours_have_its_dtype(finetune, of_yours, dtype):
     assert any("experts" in name for name in trained)
 
 
-def test_the_trainer_asks_no_step_for_its_values(finetune, tmp_path, monkeypatch):
-    """On a GPU each answer has to be waited for. Between two entries of the log there is no need."""
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_trainer_asks_no_step_for_its_values(finetune, kernel_dir, tmp_path, monkeypatch, graphs):
+    """On a GPU each answer has to be waited for. Between two entries of the log there is no need. Without graphs
+    Transformers asks a question of its own, whether sequences are packed."""
     options = finetune.parse(["--output", str(tmp_path), "--bits", "16", "--steps", "20"])
-    rows = finetune.Dataset.from_dict({"input_ids": [[1, 2, 3]] * 8, "labels": [[1, 2, 3]] * 8})
-    trainer = finetune.make_trainer(options, QWEN3.build(), None, rows, rows)
+    rows = finetune.Dataset.from_dict({"input_ids": [[1, 2, 3]] * 80, "labels": [[1, 2, 3]] * 80})
+    model = pair(KernelSource(path=kernel_dir), config())[0]
+    if graphs:
+        stand_in(monkeypatch.setattr)
+        finetune.enable_graphed_checkpointing(model)
+    trainer = finetune.make_trainer(options, model, None, rows, rows)
     batch = next(iter(trainer.get_train_dataloader()))
     assert trainer.get_batch_samples(iter([batch]), 1, "cpu") == ([batch], None), "to count it, a number is copied"
-    truth, asked, logged = torch.Tensor.__bool__, [], []
-
-    def noted(tensor: torch.Tensor) -> bool:
-        asked.append(Path(sys._getframe(1).f_code.co_filename).name)
-        return truth(tensor)
-
-    monkeypatch.setattr(torch.Tensor, "__bool__", noted)
-    monkeypatch.setattr(trainer, "_maybe_log_save_evaluate", lambda *args, **kwargs: logged.append(1))
-    trainer.args.max_steps, trainer.args.eval_on_start = 1, False
+    files, steps = host_syncs(monkeypatch), []
+    monkeypatch.setattr(trainer, "_maybe_log_save_evaluate", lambda *args, **kwargs: steps.append(len(files)))
+    trainer.args.max_steps, trainer.args.eval_on_start = 5, False
     trainer.train()
-    assert logged and "trainer.py" not in asked
+    assert len(steps) == 6 and (not graphs or recordings(model) == 2)  # after each step, and at the end
+    assert set(files[steps[1] : steps[4]]) == (set() if graphs else {"masking_utils.py"})
