@@ -18,7 +18,7 @@ def host_syncs(monkeypatch: Any) -> list[str]:
 
         def ask(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             file = Path(sys._getframe(1).f_code.co_filename)
-            if file.parts[-2:] != ("torch-cpu", "reference.py"):
+            if not (file.name == "reference.py" and file.parent.name in ("torch-cpu", "torch-cuda")):
                 files.append(file.name)
             return answer(tensor, *args, **kwargs)
 
