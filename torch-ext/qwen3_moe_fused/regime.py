@@ -40,6 +40,9 @@ LARGE_SCRATCH_ROWS = 256
 """Bytes that the weights decoded at a time may take: each part of them ends on a half-empty GPU. Up to so many rows an
 expert the larger makes the layer at least 15 % faster (1.05 against 1.30 ms at 64 rows), at 1024 rows 8 %."""
 
+WINDOW = 32 * 2**20
+"""Bytes of the second product's result, a row a slot, that exist at a time."""
+
 
 class Plan(NamedTuple):
     """One direction of the layer: the path its weights take, rows per tile, and the tiles of its two products.
@@ -75,6 +78,20 @@ def plan(
     both = isinstance(gate_up_proj, FourBitWeight) and isinstance(down_proj, FourBitWeight)
     permute = path == "fast" and both and not backward and rows >= PERMUTE_ROWS
     return Plan(path, block_m, first, second, shares_tiles, permute, 0)
+
+
+def window(slots: int, columns: int, tile: Tile, dtype: torch.dtype, path: str) -> int:
+    """How many of the second product's columns are computed at a time, one row a slot, before those of each token are
+    added up. Whole blocks of the tile, as even as can be, of at most WINDOW bytes if that is one block or more.
+
+    All of them where weights are dequantized: each window would decode them anew, and the memory serves gate_up or
+    down_backward as scratch before.
+    """
+    blocks = cdiv(columns, tile.block_n)
+    most = max(1, WINDOW // max(1, slots * tile.block_n * dtype.itemsize))
+    if path == "dequantize" or blocks <= most:
+        return columns
+    return cdiv(blocks, cdiv(blocks, most)) * tile.block_n
 
 
 @functools.lru_cache(maxsize=1024)  # of rows there may be as many as there are lengths of batches

@@ -16,6 +16,12 @@ def _slots(problem: Problem, index: torch.Tensor, dtype: torch.dtype) -> torch.T
     return torch.rand(problem.T * problem.k, problem.H).to(dtype).masked_fill(skipped, float("nan"))
 
 
+def _combine(launchers, slots: torch.Tensor, weights: torch.Tensor, index: torch.Tensor, experts: int) -> torch.Tensor:
+    out = slots.new_empty(index.shape[0], slots.shape[1])
+    launchers.combine(slots, weights, index, experts, out)
+    return out
+
+
 def _sum(slots: torch.Tensor, weights: torch.Tensor, index: torch.Tensor, experts: int) -> torch.Tensor:
     terms = slots.double().view(*index.shape, slots.shape[1]) * weights.double()[..., None]
     return torch.where((index < experts)[..., None], terms, 0).sum(1)
@@ -26,7 +32,7 @@ def test_the_weighted_sum_leaves_out_skipped_slots(launchers, problem, dtype):
     _, index, weights, *_ = problem.draw("cpu", dtype)
     slots, weights = _slots(problem, index, dtype), weights.masked_fill(index == problem.E, torch.nan)
     with poisoned_memory("cpu"):
-        out = launchers.combine(slots, weights, index, problem.E)
+        out = _combine(launchers, slots, weights, index, problem.E)
     assert out.dtype == dtype
     assert_close("combine", _sum(slots, weights, index, problem.E), out, RATIO[dtype])
 
@@ -36,14 +42,14 @@ def test_weights_may_have_any_strides_and_a_wider_dtype(launchers, layout):
     problem = Problem()
     _, index, weights, *_ = problem.draw("cpu", torch.float16, weights_dtype=torch.float32)
     slots, weights = _slots(problem, index, torch.float16), lay_out(weights, layout)
-    out = launchers.combine(slots, weights, index, problem.E)
+    out = _combine(launchers, slots, weights, index, problem.E)
     assert_close("combine", _sum(slots, weights, index, problem.E), out, RATIO[torch.float16])
 
 
 def test_terms_are_added_in_fp32_and_rounded_once(launchers):
     index, weights = torch.arange(3)[None], torch.ones(1, 3, dtype=torch.float16)
     slots = torch.tensor([[2048.0], [1.0], [-2048.0]], dtype=torch.float16)  # in fp16, 2048 + 1 is 2048
-    assert launchers.combine(slots, weights, index, 4).item() == 1.0
+    assert _combine(launchers, slots, weights, index, 4).item() == 1.0
 
 
 @pytest.mark.parametrize("wanted", [True, False], ids=["hidden_states too", "weights alone"])
@@ -53,9 +59,9 @@ def test_backward_adds_up_slots_and_parts_and_gives_skipped_slots_zero(launchers
     slots = _slots(problem, index, torch.float16)
     parts = torch.stack([_slots(problem, index, torch.float32)[:, 0] for _ in range(3)])
     with poisoned_memory("cpu"):
-        grad_hidden, grad_weights = launchers.combine_backward(
-            slots if wanted else None, parts, index, problem.E, torch.float16
-        )
+        grad_hidden, grad_weights = torch.empty(problem.T, problem.H).half(), torch.empty(index.shape).half()
+        rows = (slots, grad_hidden) if wanted else (None, None)
+        launchers.combine_backward(rows[0], parts, index, problem.E, rows[1], grad_weights)
     ref = torch.where(index < problem.E, parts.double().sum(0).view(index.shape), 0)
     assert grad_weights.dtype == torch.float16
     assert_close("gradient of weights", ref, grad_weights, RATIO[torch.float16])

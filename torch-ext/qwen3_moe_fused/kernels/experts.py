@@ -6,7 +6,7 @@ from typing import Iterator, Optional, Tuple
 import torch
 
 from ..projection import FourBitWeight, Gradients, Projection
-from ..regime import Plan, plan, suits_gemv
+from ..regime import Plan, plan, suits_gemv, window
 from ..tiling import cdiv, choose
 from .adapter import adapters
 from .combine import combine, combine_backward
@@ -86,8 +86,9 @@ def experts_forward(
     if chosen.path == "fast":
         gate_up_proj, down_proj = fast_weights((gate_up_proj, down_proj if result else None), m_sizes, dtype, permute)
     tokens = permuted(hidden_states) if permute else hidden_states
-    intermediate, out_slots = hidden_states.new_empty(slots, width), hidden_states.new_empty(slots, hidden)
-    tile = chosen.first.fit(width, hidden)
+    tile, second = chosen.first.fit(width, hidden), chosen.second.fit(hidden, width)
+    intermediate = hidden_states.new_empty(slots, width)
+    out_slots = hidden_states.new_empty(slots, window(slots, hidden, second, dtype, chosen.path))
     for weight, expert in _parts(gate_up_proj, chosen, m_sizes, dtype, out_slots):
         gate_up(
             tokens, weight, order, tiles, k, activation, block_m, tile, pre_activation, intermediate, added, expert,
@@ -95,10 +96,13 @@ def experts_forward(
         )  # fmt: skip
     added_down = down_adapter and down_adapter.forward_addition(intermediate, permuted=permute)
     if result:
-        tile = chosen.second.fit(hidden, width)
-        for weight, expert in _parts(down_proj, chosen, m_sizes, dtype):
-            linear_tiles(intermediate, weight, tiles, block_m, tile, out_slots, order, added_down, expert)
-        out = combine(out_slots, top_k_weights, top_k_index, experts)
+        out = hidden_states.new_empty(hidden_states.shape)
+        for col, rows, sums in _windows(out_slots, out):
+            for weight, expert in _parts(down_proj, chosen, m_sizes, dtype):
+                linear_tiles(
+                    intermediate, weight, tiles, block_m, second, rows, order, added_down, expert, first_col=col
+                )
+            combine(rows, top_k_weights, top_k_index, experts, sums)
     else:
         out = torch.full_like(hidden_states, torch.nan)  # whoever reads it shall notice
     if not save:
@@ -137,10 +141,12 @@ def experts_backward(
         gate_up_proj, down_proj = fast_weights((gate_up_proj, down_proj), m_sizes, dtype)
     added = down_adapter and down_adapter.backward_addition(grad_output, by_token=True)
     weighted = hidden_states.new_empty(slots, width) if wanted.down_proj or wanted.down_A else None
-    tile = chosen.first.fit(width, hidden)
+    tile, second = chosen.first.fit(width, hidden), chosen.second.fit(hidden, 2 * width)
     grad_pre_activation = torch.empty_like(pre_activation)
     parts = torch.empty(cdiv(width, tile.block_n), slots, dtype=torch.float32, device=device)
-    grad_slots = hidden_states.new_empty(slots, hidden) if wanted.hidden_states else None
+    grad_slots = grad_hidden_states = None
+    if wanted.hidden_states:
+        grad_slots = hidden_states.new_empty(slots, window(slots, hidden, second, dtype, chosen.path))
     for weight, expert in _parts(down_proj, chosen, m_sizes, dtype, grad_slots):
         down_backward(
             grad_output, weight, pre_activation, top_k_weights, order, tiles, activation, block_m, tile,
@@ -169,13 +175,19 @@ def experts_backward(
             hidden_states, grad_pre_activation, low_rank_gate_up, added.low_rank, offsets,
             (wanted.gate_up_A, wanted.gate_up_B), x_by_token=True,
         )  # fmt: skip
+    grad_weights = torch.empty(top_k_index.shape, dtype=top_k_weights.dtype, device=device)
     if wanted.hidden_states:
-        tile = chosen.second.fit(hidden, 2 * width)
-        for weight, expert in _parts(gate_up_proj, chosen, m_sizes, dtype):
-            linear_tiles(
-                grad_pre_activation, weight, tiles, block_m, tile, grad_slots, order, added, expert, transposed=True
-            )  # fmt: skip
-    grad_hidden_states, grad_weights = combine_backward(grad_slots, parts, top_k_index, experts, top_k_weights.dtype)
+        grad_hidden_states = hidden_states.new_empty(hidden_states.shape)
+        for col, rows, sums in _windows(grad_slots, grad_hidden_states):
+            for weight, expert in _parts(gate_up_proj, chosen, m_sizes, dtype):
+                linear_tiles(
+                    grad_pre_activation, weight, tiles, block_m, second, rows, order, added, expert, transposed=True,
+                    first_col=col,
+                )  # fmt: skip
+            once = (None, None) if col else (parts, grad_weights)
+            combine_backward(rows, once[0], top_k_index, experts, sums, once[1])
+    else:
+        combine_backward(None, parts, top_k_index, experts, None, grad_weights)
     grads = (grad_hidden_states, grad_weights, grad_gate_up_proj, grad_down_proj)
     return Gradients(*grads, *grad_gate_up_factors, *grad_down_factors)
 
@@ -195,7 +207,19 @@ def _forward_of_few(
     gemv(hidden_states, gate_up_proj, top_k_index, intermediate, activation)
     out_slots = hidden_states.new_empty(slots, hidden)
     gemv(intermediate, down_proj, top_k_index, out_slots)
-    return combine(out_slots, top_k_weights, top_k_index, experts)
+    out = hidden_states.new_empty(hidden_states.shape)
+    combine(out_slots, top_k_weights, top_k_index, experts, out)
+    return out
+
+
+def _windows(slots: Tensor, out: Tensor) -> Iterator[Tuple[int, Tensor, Tensor]]:
+    """The windows of out (T, H), as wide as slots (S, .): each one's first column, and both tensors' share of it."""
+    hidden, width = out.shape[1], slots.shape[1]
+    if width == hidden:
+        yield 0, slots, out
+    else:
+        for col in range(0, hidden, width):
+            yield col, slots[:, : hidden - col], out[:, col : col + width]
 
 
 def _parts(

@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 @triton.jit
 def _linear_tile(
     a, w, w_desc, addition, out, scatter, expert, first_expert, first, end, col,
-    stride_am, stride_ak, stride_we, stride_wn, stride_wk,
+    stride_am, stride_ak, stride_we, stride_wn, stride_wk, stride_om,
     N: tl.constexpr, K: tl.constexpr, LORA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, W_ROWS: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
@@ -39,32 +39,32 @@ def _linear_tile(
     else:
         row_out = row
     acc = add_low_rank(acc, addition, valid, row_out, clamped, expert, N, LORA)
-    at = out + row_out.to(tl.int64)[:, None] * N + cols[None, :]
+    at = out + row_out.to(tl.int64)[:, None] * stride_om + cols[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(row < end)[:, None] & (cols < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_expert", "last_expert"])
+@triton.jit(do_not_specialize=["first_expert", "last_expert", "first_block", "blocks"])
 def _linear_kernel(
     # pointers
     a, w, w_desc, addition, out, scatter, tiles,
     # sizes
-    first_expert, last_expert, N: tl.constexpr, K: tl.constexpr, REST: tl.constexpr,
+    first_expert, last_expert, first_block, blocks, N: tl.constexpr, K: tl.constexpr, REST: tl.constexpr,
     # strides
-    stride_am, stride_ak, stride_we, stride_wn, stride_wk,
+    stride_am, stride_ak, stride_we, stride_wn, stride_wk, stride_om,
     # meta
     LORA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     W_ROWS: tl.constexpr, FORMAT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles * cdiv(N, BLOCK_N),): one tile of rows, BLOCK_N columns.
+    """Grid (tiles * blocks,): one tile of rows, BLOCK_N columns.
 
-    a (M, K), out (M, N), w (last_expert - first_expert, N, K): tiles of other experts are left out, but those of
-    "expert" REST get zeros. scatter (M,) or None: row i goes to out[scatter[i]]. With SPLIT, a tile with at most half
-    its rows computes only half: an expert's last tile seldom is full.
-    addition and LORA as in lora, scatter then tells the slots.
+    a (M, K), w (last_expert - first_expert, N, K): tiles of other experts are left out, but those of "expert" REST get
+    zeros. out (M, .) holds a window of the N columns: ``blocks`` blocks, of which the first is ``first_block``.
+    scatter (M,) or None: row i goes to out[scatter[i]]. With SPLIT, a tile with at most half its rows computes only
+    half: an expert's last tile seldom is full. addition and LORA as in lora, scatter then tells the slots.
     """
-    blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile = tiles + tl.program_id(0) // blocks * 3
-    col = tl.program_id(0) % blocks * BLOCK_N
+    col = (first_block + tl.program_id(0) % blocks) * BLOCK_N
+    out -= first_block * BLOCK_N
     expert = tl.load(tile)
     first = tl.load(tile + 1)
     end = tl.load(tile + 2)
@@ -72,7 +72,7 @@ def _linear_kernel(
         row = first + tl.arange(0, BLOCK_M)
         cols = col + tl.arange(0, BLOCK_N)
         zeros = tl.zeros((BLOCK_M, BLOCK_N), out.dtype.element_ty)
-        at = out + row.to(tl.int64)[:, None] * N + cols[None, :]
+        at = out + row.to(tl.int64)[:, None] * stride_om + cols[None, :]
         tl.store(at, zeros, mask=(row < end)[:, None] & (cols < N)[None, :])
         return
     if (expert < first_expert) | (expert >= last_expert):
@@ -81,12 +81,12 @@ def _linear_kernel(
         if end - first <= BLOCK_M // 2:
             _linear_tile(
                 a, w, w_desc, addition, out, scatter, expert, first_expert, first, end, col, stride_am, stride_ak,
-                stride_we, stride_wn, stride_wk, N, K, LORA, BLOCK_M // 2, BLOCK_N, BLOCK_K, W_ROWS, FORMAT,
+                stride_we, stride_wn, stride_wk, stride_om, N, K, LORA, BLOCK_M // 2, BLOCK_N, BLOCK_K, W_ROWS, FORMAT,
             )  # fmt: skip
             return
     _linear_tile(
         a, w, w_desc, addition, out, scatter, expert, first_expert, first, end, col, stride_am, stride_ak,
-        stride_we, stride_wn, stride_wk, N, K, LORA, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, FORMAT,
+        stride_we, stride_wn, stride_wk, stride_om, N, K, LORA, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, FORMAT,
     )  # fmt: skip
 
 
@@ -102,24 +102,27 @@ def linear_tiles(
     first_expert: int = 0,
     transposed: bool = False,
     rest: int = -1,
-) -> Tensor:
-    """Fills ``out`` (M, N) with rows of a (M, K) times their expert's matrix; row i to ``out[scatter[i]]`` if given.
+    first_col: int = 0,
+) -> None:
+    """Fills ``out`` with rows of a (M, K) times their expert's matrix; row i to ``out[scatter[i]]`` if given.
 
     Args:
         weight: (experts, N, K), or (experts, K, N) if ``transposed``, of the experts from ``first_expert`` on.
+        out: (M, N), or (M, width) for a window of the N columns; those of a row are consecutive.
         rest: the label of tiles that get zeros.
+        first_col: where the window begins, a multiple of tile.block_n. So is its width, unless it ends at N.
     """
-    n, k = out.shape[1], a.shape[1]
+    n, k = weight.shape[2 if transposed else 1], a.shape[1]
     w = operand(weight, block_m, tile, transposed=transposed)
     low_rank, meta = addition_operand(addition)
-    grid = (tiles.shape[0] * cdiv(n, tile.block_n),)
+    blocks = cdiv(out.shape[1], tile.block_n)
     launch(
-        _linear_kernel, grid, tile.num_warps, tile.num_stages,
-        (a, w.data, w.descriptor, low_rank, out, scatter, tiles), (first_expert, first_expert + weight.shape[0]),
-        n, k, rest, *a.stride(), *w.strides,
+        _linear_kernel, (tiles.shape[0] * blocks,), tile.num_warps, tile.num_stages,
+        (a, w.data, w.descriptor, low_rank, out, scatter, tiles),
+        (first_expert, first_expert + weight.shape[0], first_col // tile.block_n, blocks),
+        n, k, rest, *a.stride(), *w.strides, out.stride(0),
         meta, block_m, tile.block_n, tile.block_k, w.w_rows, w.format, w.split,
     )  # fmt: skip
-    return out
 
 
 def linear(input: Tensor, weight: Tensor, m_sizes: Tensor) -> Tensor:
