@@ -123,6 +123,23 @@ def test_what_is_decoded_at_a_time_is_bounded(kernel, regime):
     assert scratch[257] == scratch[10**5] <= 64 * MIB
 
 
+@pytest.mark.parametrize("block_n", [64, 128, 256])
+@pytest.mark.parametrize("columns", [2048, 2000, 77])
+def test_a_window_is_of_whole_blocks_and_no_larger_than_it_may_be(regime, columns, block_n):
+    tile, dtype = kernel_tile(regime, block_n), torch.bfloat16
+    for slots in (0, 1, 24, 8192, 8193, 20000, 32768, 10**5, 10**7):
+        width = regime.window(slots, columns, tile, dtype, "fast")
+        if slots * columns * 2 <= regime.WINDOW:
+            assert width == columns, "no launch more than needed"
+        elif width < columns:
+            assert width % block_n == 0
+            assert slots * width * 2 <= max(regime.WINDOW, slots * block_n * 2)
+        windows = -(-columns // width)
+        assert (windows - 1) * width < columns <= windows * width
+        assert width - block_n < -(-columns // windows), "windows are as even as blocks allow"
+        assert regime.window(slots, columns, tile, dtype, "dequantize") == columns
+
+
 def test_directions_know_whether_their_tiles_are_of_one_height(kernel, regime, byte_permute):
     """Backward reads forward's tile table then, and makes its own otherwise."""
     weights, found = (stack(kernel, 2, 256, 128), stack(kernel, 2, 128, 128)), set()
@@ -137,6 +154,10 @@ def test_directions_know_whether_their_tiles_are_of_one_height(kernel, regime, b
 
 def projection_of(kernel):
     return importlib.import_module(f"{kernel.__name__}.projection").Projection
+
+
+def kernel_tile(regime, block_n):
+    return regime.Tile(block_n, 64, 4, 4)
 
 
 def kernel_tiling(kernel):

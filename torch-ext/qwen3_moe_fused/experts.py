@@ -9,6 +9,10 @@ Forward, four launches:
     down       intermediate                 -> one row per slot (S, H)
     combine    slots, top_k_weights         -> out (T, H), each token's k slots added in fp32 in a fixed order
 
+A row of H columns per slot would be the largest tensor of the layer. Of large batches, down computes a window of the
+columns at a time, and combine adds it up before the next takes its memory: two launches a window. So do linear and
+combine_backward below. No sum is over columns, so windows change no bit of the results.
+
 Backward with frozen experts, three launches; trained experts add one reduction each:
 
     down_backward     grad_output rows, gathered -> grad of pre_activation (S, 2I), parts of that of top_k_weights

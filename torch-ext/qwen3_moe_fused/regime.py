@@ -87,11 +87,10 @@ def window(slots: int, columns: int, tile: Tile, dtype: torch.dtype, path: str) 
     All of them where weights are dequantized: each window would decode them anew, and the memory serves gate_up or
     down_backward as scratch before.
     """
-    blocks = cdiv(columns, tile.block_n)
-    most = max(1, WINDOW // max(1, slots * tile.block_n * dtype.itemsize))
-    if path == "dequantize" or blocks <= most:
+    if path == "dequantize" or slots * columns * dtype.itemsize <= WINDOW:
         return columns
-    return cdiv(blocks, cdiv(blocks, most)) * tile.block_n
+    blocks, most = cdiv(columns, tile.block_n), max(1, WINDOW // (slots * tile.block_n * dtype.itemsize))
+    return min(columns, cdiv(blocks, cdiv(blocks, most)) * tile.block_n)
 
 
 @functools.lru_cache(maxsize=1024)  # of rows there may be as many as there are lengths of batches

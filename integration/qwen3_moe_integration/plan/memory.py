@@ -34,6 +34,9 @@ FAST_ROWS, PLAIN_ROWS = 1200, 40
 SCRATCH, LARGE_SCRATCH, LARGE_SCRATCH_ROWS = 64 * 2**20, 511 * 2**20, 256
 """As in the kernel's regime.py: up to how many rows per expert 4-bit weights are decoded in registers, and how much of
 them is decoded at a time where they are not."""
+WINDOW, BLOCK = 32 * 2**20, 256
+"""As there: bytes of a product's rows, one a slot, that exist at a time; and the columns of the widest of its tiles, of
+which there is at least one."""
 HALF, SINGLE = 2, 4
 FOUR_BIT_BLOCK, NESTED_BLOCK = 64, 256
 EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST = 256, 4096
@@ -259,14 +262,34 @@ KEPT_BYTES = {"attention": attention_bytes, "experts": experts_bytes}
 def experts_backward_bytes(model: Shapes, step: Step) -> list[tuple[float, float]]:
     """What the experts' backward holds beside what it reads, and of the weights decoded, at each of its worst moments.
 
-    The gradient of the pre-activation and each slot's share of that of the hidden states exist all along.
+    The gradient of the pre-activation, and memory for each slot's share of that of the hidden states, exist all along.
     """
     slots, hidden, width = step.tokens * model.top_k, model.hidden, model.intermediate
-    gradients = HALF * slots * (2 * width + hidden)
+    gradients = HALF * slots * 2 * width + slot_bytes(model, step)
     weighted = HALF * slots * width if step.expert_rank else 0  # the activation, for down's adapter
     down = decoded_bytes(model, step, width * hidden, spare=slots * hidden)
     gate_up = decoded_bytes(model, step, 2 * width * hidden)
     return [(gradients + weighted, down), (gradients, gate_up), (gradients + HALF * step.tokens * hidden, 0)]
+
+
+def slot_bytes(model: Shapes, step: Step) -> float:
+    """Each slot's share of the gradient of the hidden states, as many columns as there are at a time: all of them where
+    weights are decoded to memory."""
+    column = HALF * step.tokens * model.top_k
+    whole = column * model.hidden
+    return whole if decodes_to_memory(model, step) else min(whole, max(WINDOW, column * BLOCK))
+
+
+def decodes_to_memory(model: Shapes, step: Step) -> bool:
+    """Whether 4-bit weights are, because rows are so many or no whole tiles cover the weights."""
+    whole = 128 if step.byte_permutes else 64
+    fits = model.hidden % whole == 0 and model.intermediate % whole == 0
+    most = FAST_ROWS if step.byte_permutes else PLAIN_ROWS
+    return step.bits == 4 and not (fits and rows_per_expert(model, step) <= most)
+
+
+def rows_per_expert(model: Shapes, step: Step) -> int:
+    return -(-step.tokens * model.top_k // model.stack)
 
 
 def decoded_bytes(model: Shapes, step: Step, matrix: int, spare: int = 0) -> float:
@@ -274,12 +297,10 @@ def decoded_bytes(model: Shapes, step: Step, matrix: int, spare: int = 0) -> flo
 
     matrix: elements of an expert's. spare: elements of memory nobody has written to yet, taken if it holds more.
     """
-    rows = -(-step.tokens * model.top_k // model.stack)
-    whole = 128 if step.byte_permutes else 64
-    fits = model.hidden % whole == 0 and model.intermediate % whole == 0
-    if step.bits == 16 or (fits and rows <= (FAST_ROWS if step.byte_permutes else PLAIN_ROWS)):
+    if not decodes_to_memory(model, step):
         return 0
-    run = max(1, (LARGE_SCRATCH if rows <= LARGE_SCRATCH_ROWS else SCRATCH) // (HALF * matrix))
+    scratch = LARGE_SCRATCH if rows_per_expert(model, step) <= LARGE_SCRATCH_ROWS else SCRATCH
+    run = max(1, scratch // (HALF * matrix))
     return 0 if spare // matrix > run else HALF * matrix * min(run, model.stack)
 
 

@@ -1,8 +1,6 @@
 """Adapters on a CUDA device: real widths, ranks up to 256, dropout, reruns."""
 
-import importlib
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,14 +13,6 @@ pytestmark = pytest.mark.gpu
 
 BF16, FP32 = torch.bfloat16, torch.float32
 AS_TRAINED = Adapter(gate_up_rank=16, down_rank=16, dtype=FP32)
-
-
-@pytest.fixture(scope="module")
-def launchers(kernel) -> SimpleNamespace:
-    experts, projection = (
-        importlib.import_module(f"{kernel.__name__}.{name}") for name in ("kernels.experts", "projection")
-    )
-    return SimpleNamespace(**{**vars(projection), **vars(experts)}, four_bit_weight=kernel.four_bit_weight)
 
 
 @pytest.mark.parametrize("adapter", [AS_TRAINED, replace(AS_TRAINED, halves=2)], ids=repr)

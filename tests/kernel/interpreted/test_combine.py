@@ -68,3 +68,20 @@ def test_backward_adds_up_slots_and_parts_and_gives_skipped_slots_zero(launchers
     if wanted:
         ref = _sum(slots, torch.ones(index.shape), index, problem.E)
         assert_close("gradient of hidden_states", ref, grad_hidden, RATIO[torch.float16])
+
+
+@pytest.mark.parametrize("width", [64, 24])
+def test_a_window_of_columns_fills_its_share_alone(launchers, width):
+    """Slots lie in wider rows, as the last window's do, and so do the sums."""
+    problem = Problem(H=200)
+    index = problem.draw_index("cpu")
+    slots, weights = _slots(problem, index, torch.float16), torch.rand(index.shape).half()
+    for col in (0, 32, problem.H - width):
+        out, grad = torch.full((2, problem.T, problem.H), torch.nan).half()
+        window, share = slots[:, :width], slice(col, col + width)
+        launchers.combine(window, weights, index, problem.E, out[:, share])
+        launchers.combine_backward(window, None, index, problem.E, grad[:, share], None)
+        for name, got, scale in (("combine", out, weights), ("gradient", grad, torch.ones(index.shape))):
+            assert_close(name, _sum(window, scale, index, problem.E), got[:, share], RATIO[torch.float16])
+            got[:, share] = torch.nan
+            assert got.isnan().all(), "a column of another window was written"
