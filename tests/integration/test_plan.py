@@ -197,12 +197,11 @@ def test_the_kernel_decodes_as_many_experts_at_a_time_as_it_says(kernel):
 
 
 @pytest.mark.parametrize("block", [128, 256])
-@pytest.mark.parametrize("tokens", [100, 1024, 1025, 3000, 4096, 8192, 19200])
-def test_slots_take_a_window_of_what_they_would_take_whole(kernel, tokens, block):
+@pytest.mark.parametrize("tokens", [100, 2048, 2049, 4096, 8192, 19200])
+def test_slots_take_what_the_kernel_computes_at_a_time(kernel, tokens, block):
     regime = importlib.import_module(f"{kernel.__name__}.regime")
     width = regime.window(8 * tokens, 2048, regime.Tile(block, 64, 4, 4), torch.bfloat16, "fast")
-    counted, taken = slot_bytes(shapes(model(**PUBLISHED)), Step(tokens)), 2 * 8 * tokens * width
-    assert counted / 2 <= taken <= counted
+    assert slot_bytes(shapes(model(**PUBLISHED)), Step(tokens)) == 2 * 8 * tokens * width
 
 
 @pytest.mark.parametrize("change", [dict(seq_len=19201), dict(byte_permutes=False)])
@@ -270,7 +269,7 @@ def test_what_graphs_keep_is_counted_for_each_layer_and_not_in_the_graphs(keep):
     for name in keep:
         assert keeps.parts[f"kept {name}"] == 4 * a_layer[name]
         assert f"kept {name}" in str(keeps) and f"kept {name}" not in str(without)
-    assert keeps.peak - without.peak == pytest.approx((4 - 1) * sum(a_layer[name] for name in keep))
+    assert keeps.peak - without.peak == (4 - 1) * sum(a_layer[name] for name in keep)
 
 
 @pytest.mark.parametrize("offload", [("attention",), ("experts",), ("attention", "experts")])

@@ -9,9 +9,9 @@ Forward, four launches:
     down       intermediate                 -> one row per slot (S, H)
     combine    slots, top_k_weights         -> out (T, H), each token's k slots added in fp32 in a fixed order
 
-A row of H columns per slot would be the largest tensor of the layer. Of large batches, down computes a window of the
-columns at a time, and combine adds it up before the next takes its memory: two launches a window. So do linear and
-combine_backward below. No sum is over columns, so windows change no bit of the results.
+A row of H columns per slot would be the largest tensor of the layer. Of large batches, down computes half of the
+columns, and combine adds them up before the others take their memory: two launches each. So do linear and
+combine_backward below. No sum is over columns, so that changes no bit of the results.
 
 Backward with frozen experts, three launches; trained experts add one reduction each:
 

@@ -40,8 +40,10 @@ LARGE_SCRATCH_ROWS = 256
 """Bytes that the weights decoded at a time may take: each part of them ends on a half-empty GPU. Up to so many rows an
 expert the larger makes the layer at least 15 % faster (1.05 against 1.30 ms at 64 rows), at 1024 rows 8 %."""
 
-WINDOW = 32 * 2**20
-"""Bytes of the second product's result, a row a slot, that exist at a time."""
+WINDOW = 64 * 2**20
+"""Bytes that the second product's result, a row a slot, may take whole. Above, it comes in two halves, which frees half
+of the largest tensor of a layer for 0 to 3 % of its time at 4096 tokens. Four windows cost 3 to 12 %, for half as much
+again. On an H200: benchmarks/results/nvidia-h200/windows.txt."""
 
 
 class Plan(NamedTuple):
@@ -81,16 +83,15 @@ def plan(
 
 
 def window(slots: int, columns: int, tile: Tile, dtype: torch.dtype, path: str) -> int:
-    """How many of the second product's columns are computed at a time, one row a slot, before those of each token are
-    added up. Whole blocks of the tile, as even as can be, of at most WINDOW bytes if that is one block or more.
+    """How many of the second product's columns are computed, one row a slot, before those of each token are added up:
+    all, or half of them, in whole blocks of the tile.
 
-    All of them where weights are dequantized: each window would decode them anew, and the memory serves gate_up or
-    down_backward as scratch before.
+    All where weights are dequantized: each half would decode them anew, and the memory serves gate_up or down_backward
+    as scratch before.
     """
     if path == "dequantize" or slots * columns * dtype.itemsize <= WINDOW:
         return columns
-    blocks, most = cdiv(columns, tile.block_n), max(1, WINDOW // (slots * tile.block_n * dtype.itemsize))
-    return min(columns, cdiv(blocks, cdiv(blocks, most)) * tile.block_n)
+    return min(columns, cdiv(columns, 2 * tile.block_n) * tile.block_n)
 
 
 @functools.lru_cache(maxsize=1024)  # of rows there may be as many as there are lengths of batches

@@ -34,9 +34,8 @@ FAST_ROWS, PLAIN_ROWS = 1200, 40
 SCRATCH, LARGE_SCRATCH, LARGE_SCRATCH_ROWS = 64 * 2**20, 511 * 2**20, 256
 """As in the kernel's regime.py: up to how many rows per expert 4-bit weights are decoded in registers, and how much of
 them is decoded at a time where they are not."""
-WINDOW, BLOCK = 32 * 2**20, 256
-"""As there: bytes of a product's rows, one a slot, that exist at a time; and the columns of the widest of its tiles, of
-which there is at least one."""
+WINDOW = 64 * 2**20
+"""As there: bytes up to which a product's rows, one a slot, exist whole; above, half of their columns do at a time."""
 HALF, SINGLE = 2, 4
 FOUR_BIT_BLOCK, NESTED_BLOCK = 64, 256
 EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST = 256, 4096
@@ -273,11 +272,9 @@ def experts_backward_bytes(model: Shapes, step: Step) -> list[tuple[float, float
 
 
 def slot_bytes(model: Shapes, step: Step) -> float:
-    """Each slot's share of the gradient of the hidden states, as many columns as there are at a time: all of them where
-    weights are decoded to memory."""
-    column = HALF * step.tokens * model.top_k
-    whole = column * model.hidden
-    return whole if decodes_to_memory(model, step) else min(whole, max(WINDOW, column * BLOCK))
+    """Each slot's share of the gradient of the hidden states, or half of its columns if they are computed in halves."""
+    whole = HALF * step.tokens * model.top_k * model.hidden
+    return whole if whole <= WINDOW or decodes_to_memory(model, step) else whole / 2
 
 
 def decodes_to_memory(model: Shapes, step: Step) -> bool:

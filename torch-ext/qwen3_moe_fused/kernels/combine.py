@@ -3,7 +3,7 @@
 out[t] = sum_j top_k_weights[t, j] * slots[t * k + j], in fp32, j ascending, rounded once. The projection before it
 writes one row per slot instead of adding atomically, so the sum has a fixed order and reruns are bit-identical.
 
-No column knows of another: what is called H here may be a window of the hidden size, as wide as ``regime.window`` says.
+No column knows of another: what is called H here may be half of the hidden size, see ``regime.window``.
 """
 
 from typing import Optional
