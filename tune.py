@@ -163,7 +163,7 @@ def tune(kernel, sizes, rows: int):
 def tune_fast_rows(kernel, sizes):
     """The ``changeover`` from decoding in registers to decoding beforehand, and the times of forward and backward both
     ways, in milliseconds."""
-    regime = importlib.import_module(f"{kernel.__name__}.regime")
+    regime, form = (importlib.import_module(f"{kernel.__name__}.{name}") for name in ("regime", "form"))
     experts, hidden, width = sizes.experts, sizes.hidden, sizes.intermediate
     stacks = random_nf4(kernel, (experts, 2 * width, hidden)), random_nf4(kernel, (experts, hidden, width))
     choose, times = regime.regime, {}
@@ -180,9 +180,11 @@ def tune_fast_rows(kernel, sizes):
         times[count] = {}
         for way in ("fast", "dequantize"):
             regime.regime = lambda *_, way=way: way
+            form.forget()
             times[count][way] = round(triton.testing.do_bench(run, warmup=50, rep=200, return_mode="median"), 4)
         print(f"  {count} rows per expert: {times[count]}", flush=True)
     regime.regime = choose
+    form.forget()
     return changeover(times), times
 
 

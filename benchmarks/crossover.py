@@ -125,14 +125,16 @@ def prepared(kernel: ModuleType, way: str, call: Call, pool: tuple[int, int] | N
 @contextmanager
 def forced(kernel: ModuleType, way: str) -> Iterator[None]:
     """The layer's weights go ``way`` meanwhile, unless that is the chosen one."""
-    regime = importlib.import_module(f"{kernel.__name__}.regime")
+    regime, form = (importlib.import_module(f"{kernel.__name__}.{name}") for name in ("regime", "form"))
     choose, slots = regime.regime, regime.GEMV_SLOTS
     if way != CHOSEN:
         regime.regime, regime.GEMV_SLOTS = lambda *_: way, 0
+        form.forget()
     try:
         yield
     finally:
         regime.regime, regime.GEMV_SLOTS = choose, slots
+        form.forget()
 
 
 def save(results: dict, folder: Path) -> None:

@@ -5,153 +5,18 @@ thread, and that the calls go on to launch what they would have launched anyway.
 """
 
 import importlib
-import inspect
 import threading
-from collections.abc import Callable
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.runtime import _async_compile, driver
+from triton.runtime import _async_compile
+
+from .absent import LAYERS, Layer, module
 
 pytestmark = pytest.mark.filterwarnings("error:Triton kernels are compiled one after the other")
-
-BF16 = torch.bfloat16
-E, H, I, K = 4, 128, 64, 2
-LAYERS = ["dense", "trained", "adapters", "4 bit", "4 bit with adapters"]
-
-
-class Compiler:
-    """Stands in for Triton on a card that is not here: ``asked``, ``compiled`` and ``launched`` hold kernels' names in
-    order."""
-
-    utils = None
-
-    def __init__(self):
-        self.asked: list[str] = []  # by a rehearsal
-        self.compiled: list[str] = []
-        self.in_turn: list[str] = []  # of these, by a launch that waited for it
-        self.launched: list[str] = []
-        self.launchers: list[tuple[str, threading.Thread]] = []  # of which kernels, and who built them
-        self.broken = self.without_launcher = ""
-        self.on_compile: Callable[[str], None] = lambda name: None
-
-    def get_current_device(self) -> object:
-        return self  # Triton's caches are by device, so those of each test are its own
-
-    def get_current_stream(self, device: object = None) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def launcher_cls(self, src, metadata) -> None:
-        """Triton's calls the C compiler."""
-        if metadata.name == self.without_launcher:
-            raise RuntimeError(f"{metadata.name} has no launcher")
-        self.launchers.append((metadata.name, threading.current_thread()))
-
-    def compile(self, kernel, key, signature, device, constexprs, options, attrs, warmup):
-        """``JITFunction._do_compile``."""
-        name, mode, cache = kernel.__name__, _async_compile.active_mode.get(), kernel.device_caches[device][0]
-
-        def work() -> SimpleNamespace:
-            self.on_compile(name)
-            if name == self.broken:
-                raise RuntimeError(f"{name} does not compile")
-            self.compiled.append(name)
-            return Compiled(name, self)
-
-        if mode is not None:
-            self.asked.append(name)
-            finalize, clean_up = lambda kernel: cache.__setitem__(key, kernel), lambda kernel: None
-            newer = "cleanup_fn" in inspect.signature(mode.submit).parameters  # from Triton 3.9 on
-            return mode.submit((name, key), work, finalize, *((clean_up,) if newer else ()))
-        cache[key] = work()
-        self.in_turn.append(name)
-        return cache[key]
-
-
-class Compiled(SimpleNamespace):
-    """A compiled kernel as Triton launches it the first time, and ``launch`` ever after."""
-
-    function, packed_metadata = 0, ()
-
-    def __init__(self, name: str, compiler: Compiler):
-        super().__init__(name=name, compiler=compiler, src=None, metadata=SimpleNamespace(name=name))
-
-    def launch_metadata(self, *args) -> None:
-        return None
-
-    def run(self, *args) -> None:
-        self.compiler.launched.append(self.name)
-
-
-@pytest.fixture
-def absent_card(monkeypatch) -> Compiler:
-    """A driver without a card, which Triton compiles for."""
-    card = Compiler()
-    monkeypatch.setattr(driver, "_active", card)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return card
-
-
-@pytest.fixture
-def compiler(kernel, absent_card, monkeypatch) -> Compiler:
-    """The same, which compiles nothing."""
-    monkeypatch.setattr(triton.JITFunction, "_do_compile", lambda kernel, *args: absent_card.compile(kernel, *args))
-    monkeypatch.setattr(_module(kernel, "launch"), "_compiled", {})
-    return absent_card
-
-
-def _module(kernel, name: str):
-    return importlib.import_module(f"{kernel.__name__}.kernels.{name}")
-
-
-class Layer:
-    """A layer's arguments, of memory that nobody fills, and its two directions."""
-
-    def __init__(self, kernel, kind: str, tokens: int = 24):
-        self.experts, self.projection = (
-            _module(kernel, "experts"),
-            importlib.import_module(f"{kernel.__name__}.projection"),
-        )
-        self.trained, self.adapted = kind == "trained", "adapters" in kind
-        weight = self._packed if "4 bit" in kind else self._dense
-        self.projections = [self._projection(weight, 2 * I, H), self._projection(weight, H, I)]
-        hidden = torch.empty(tokens, H, dtype=BF16, requires_grad=True)
-        self.tokens = hidden, torch.empty(tokens, K, dtype=torch.int64), torch.empty(tokens, K, dtype=BF16)
-
-    def forward(self, save: bool = True, result: bool = True) -> tuple:
-        return self.experts.experts_forward(*self.tokens, *self.projections, None, "silu", save, result)
-
-    def backward(self, saved: tuple) -> tuple:
-        wanted = self.projection.Gradients(True, True, *[self.trained] * 2, *[self.adapted] * 4)
-        gradient = torch.empty_like(self.tokens[0])
-        return self.experts.experts_backward(gradient, *self.tokens, *self.projections, None, saved, "silu", wanted)
-
-    def step(self) -> None:
-        _, *saved = self.forward()
-        self.backward(tuple(saved))
-
-    def _projection(self, weight: Callable, n: int, k: int):
-        lora = None
-        if self.adapted:
-            lora = self.projection.Lora(*(torch.empty(E, *shape, requires_grad=True) for shape in ((8, k), (n, 8))))
-        return self.projection.Projection(weight(n, k), lora)
-
-    def _dense(self, n: int, k: int) -> torch.Tensor:
-        return torch.empty(E, n, k, dtype=BF16, requires_grad=self.trained)
-
-    def _packed(self, n: int, k: int):
-        data, absmax = torch.empty(E * n * k // 2, dtype=torch.uint8), torch.empty(E * n * k // 64)
-        code, nested = torch.empty(16), (None,) * 3
-        return self.projection.FourBitWeight(data, absmax, code, *nested, (E, n, k), 64, 0, "nf4", BF16)
 
 
 @pytest.mark.parametrize("tokens", [24, 3000])
@@ -180,7 +45,7 @@ def test_the_first_step_launches_what_every_step_launches(kernel, compiler, kind
     layer = Layer(kernel, kind)
     layer.step()
     first = list(compiler.launched)
-    monkeypatch.setattr(_module(kernel, "first_call"), "_rehearse", None)  # would fail if it were called
+    monkeypatch.setattr(module(kernel, "first_call"), "_rehearse", None)  # would fail if it were called
     layer.step()
     Layer(kernel, kind, tokens=23).step()
     assert compiler.launched == 3 * first and first
@@ -192,7 +57,7 @@ def test_the_layer_itself_compiles_all_in_forward(kernel, compiler, monkeypatch)
     monkeypatch.setitem(backends.FORWARD, "cpu", backends.FORWARD["cuda"])
     monkeypatch.setitem(backends.BACKWARD, "cpu", backends.BACKWARD["cuda"])
     layer = Layer(kernel, "adapters")
-    weights, adapters = zip(*layer.projections)
+    weights, adapters, _ = zip(*layer.projections)
     out = kernel.fused_experts(*layer.tokens, *weights, "silu", *adapters)
     known = len(compiler.compiled)
     out.backward(torch.empty_like(out))
@@ -213,7 +78,7 @@ def test_a_call_without_gradients_compiles_all_of_a_checkpointed_step(kernel, co
         monkeypatch.setattr(regime, "_fits_fast", lambda weight: True)
     layer = Layer(kernel, kind)
     with torch.no_grad():  # as PEFT's factors come: views of parameters
-        for at, (weight, lora) in enumerate(layer.projections):
+        for at, (weight, lora, _) in enumerate(layer.projections):
             views = (factor.view(factor.shape) for factor in lora[:2])
             layer.projections[at] = layer.projection.Projection(weight, lora.__class__(*views))
     layer.forward(save=False)
@@ -227,8 +92,8 @@ def test_a_call_without_gradients_compiles_all_of_a_checkpointed_step(kernel, co
 
 def test_inference_with_adapters_that_are_not_trained_compiles_no_kernel_of_backward(kernel, compiler):
     layer = Layer(kernel, "4 bit with adapters")
-    for _, lora in layer.projections:
-        for factor in lora[:2]:
+    for projection in layer.projections:
+        for factor in projection.lora[:2]:
             factor.requires_grad_(False)
     layer.forward(save=False)
     assert sorted(set(compiler.compiled)) == sorted(set(compiler.launched)) and compiler.launched
@@ -326,7 +191,7 @@ def test_another_thread_launches_while_one_rehearses(kernel, compiler):
         assert not thread.is_alive()
     assert not compiler.in_turn and compiler.launched.count("_weight_grad_kernel") == 2
     assert compiler.launched.count("low_rank_kernel") == 4
-    assert not _module(kernel, "first_call").rehearsing
+    assert not module(kernel, "first_call").rehearsing
 
 
 @triton.jit
@@ -336,7 +201,7 @@ def _fill(x, VALUE: tl.constexpr):
 
 def test_tritons_own_compiler_does_it_in_threads(kernel, absent_card, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    first_call, launch = _module(kernel, "first_call"), _module(kernel, "launch").launch
+    first_call, launch = module(kernel, "first_call"), module(kernel, "launch").launch
     x = torch.empty(16)
 
     def call() -> None:

@@ -154,6 +154,7 @@ MISTAKES = [
 def test_statistics_that_do_not_fit_are_named(kernel, device, spoil, message):
     inputs = Problem(H=64, I=64).draw(device, torch.float32)
     gate_up = kernel.four_bit_weight(Quantization().quantize(inputs.gate_up_proj))
+    kernel.fused_experts(*inputs[:3], gate_up, inputs.down_proj)
     gate_up = gate_up._replace(**{field: change(getattr(gate_up, field)) for field, change in spoil.items()})
     with pytest.raises(ValueError, match=message):
         kernel.fused_experts(*inputs[:3], gate_up, inputs.down_proj)
@@ -170,6 +171,7 @@ def test_dequantize_names_what_does_not_fit(kernel, device):
 def test_what_is_not_packed_and_what_is_packed_are_not_confused(kernel):
     inputs = Problem(H=64, I=64).draw("cpu", torch.float32)
     packed = Quantization().quantize(inputs.gate_up_proj)
+    kernel.fused_experts(*inputs[:3], kernel.four_bit_weight(packed), inputs.down_proj)
     with pytest.raises(
         TypeError, match=r"gate_up_proj is in 4 bit: pass four_bit_weight\(gate_up_proj\), got Params4bit"
     ):

@@ -119,6 +119,7 @@ def test_factors_that_do_not_fit_are_named(kernel, device, spoil, error, message
     problem = Problem(H=23)
     inputs = problem.draw(device, torch.float32)
     factors = Adapter().draw(problem, device, torch.float32)
+    kernel.fused_experts(*inputs[:-1], down_lora=kernel.Lora(factors["down_A"], factors["down_B"]))
     with pytest.raises(error, match=message):
         kernel.fused_experts(*inputs[:-1], down_lora=kernel.Lora(*spoil(factors["down_A"], factors["down_B"])))
 
@@ -128,5 +129,6 @@ def test_what_is_no_lora_is_named(kernel, device, name):
     inputs = Problem().draw(device, torch.float32)
     factors = Adapter().draw(Problem(), device, torch.float32)
     pair = tuple(factors[name.replace("lora", letter)] for letter in "AB")
+    kernel.fused_experts(*inputs[:-1], **{name: kernel.Lora(*pair)})
     with pytest.raises(TypeError, match=f"{name} must be a Lora, got tuple"):
         kernel.fused_experts(*inputs[:-1], **{name: pair})

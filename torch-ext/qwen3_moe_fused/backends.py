@@ -1,22 +1,37 @@
 """What computes the experts layer on each kind of device: ``reference`` on a CPU, Triton kernels on a GPU."""
 
+import functools
+from typing import Callable, Tuple
+
 import torch
 
 from . import reference
 
 
-def _launch_forward(hidden_states, *rest):
-    from .kernels.experts import experts_forward  # Triton is imported only where it can run
+@functools.cache
+def _launchers() -> Tuple[Callable, Callable, Callable]:
+    """Triton is imported only where it can run."""
+    from .kernels.experts import experts_backward, experts_forward
+    from .kernels.replay import replayed
 
-    with torch.cuda.device(hidden_states.get_device()):
-        return experts_forward(hidden_states, *rest)
+    return replayed, experts_forward, experts_backward
+
+
+def _launch_forward(hidden_states, *rest):
+    replayed, forward, _ = _launchers()
+    return _on_its_device(replayed, forward, hidden_states, *rest)
 
 
 def _launch_backward(grad_output, *rest):
-    from .kernels.experts import experts_backward
+    replayed, _, backward = _launchers()
+    return _on_its_device(replayed, backward, grad_output, *rest)
 
-    with torch.cuda.device(grad_output.get_device()):
-        return experts_backward(grad_output, *rest)
+
+def _on_its_device(replayed, function, tensor, *rest):
+    if tensor.get_device() == torch.cuda.current_device():
+        return replayed(function, tensor, *rest)
+    with torch.cuda.device(tensor.get_device()):
+        return replayed(function, tensor, *rest)
 
 
 FORWARD = {"cpu": reference.experts_forward, "cuda": _launch_forward}

@@ -32,13 +32,14 @@ carry an adapter per expert, which adds three launches to it:
     factor_grads  an expert's rows          -> grad of A and B
 """
 
-from typing import Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 
 from .backends import BACKWARD
 from .checks import check_activation, check_device, check_dims, check_float, check_integer, check_like, check_size
 from .experts_op import SAVED_BY_OP, backward_op, forward_op
+from .form import ByForm, form_of
 from .kept import run_forward
 from .projection import FourBitWeight, Gradients, Lora, Projection, Weight, check_lora, check_weight
 
@@ -79,22 +80,17 @@ def fused_experts(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it wants.
     """
-    _check_kinds(hidden_states, gate_up_proj, down_proj)
+    check_dims("hidden_states", hidden_states, "(T, H)")
+    check_device("hidden_states", hidden_states)
     if not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type):
-        dtype = torch.get_autocast_dtype(hidden_states.device.type)
-        hidden_states = hidden_states.to(dtype)
-        gate_up_proj, down_proj = (
-            _cast(name, weight, dtype) for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj))
-        )
-    _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
-    gate_up, down = Projection(gate_up_proj, gate_up_lora), Projection(down_proj, down_lora)
-    seed = None
-    for name, projection in (("gate_up", gate_up), ("down", down)):
-        if projection.lora is not None:
-            check_lora(f"{name}_lora", projection.lora, f"{name}_proj", projection.weight)
-            if projection.lora.dropout and seed is None:
-                seed = torch.randint(2**31, (1,), device=hidden_states.device)
+        hidden_states, gate_up_proj, down_proj = _autocast(hidden_states, gate_up_proj, down_proj)
     tokens = (hidden_states, top_k_index, top_k_weights)
+    gate_up, down = Projection.of(gate_up_proj, gate_up_lora), Projection.of(down_proj, down_lora)
+    form = (form_of(*tokens), gate_up.form, down.form, activation)
+    _once(None if None in form else form, _check, *tokens, gate_up, down, activation)
+    seed = None
+    if (gate_up.lora and gate_up.lora.dropout) or (down.lora and down.lora.dropout):
+        seed = torch.randint(2**31, (1,), device=hidden_states.device)
     leaves = _leaves(hidden_states, top_k_weights, gate_up, down)
     save = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in leaves])
     if _op_is_seen((*leaves, top_k_index)):
@@ -104,6 +100,14 @@ def fused_experts(
     return run_forward(*tokens, gate_up, down, seed, activation, save=False)[0]
 
 
+def _autocast(hidden_states: Tensor, gate_up_proj: Weight, down_proj: Weight) -> Tuple[Tensor, Weight, Weight]:
+    """In the dtype of ``torch.autocast``, after a look at what casting would make pass, or cannot cast."""
+    dtype = torch.get_autocast_dtype(hidden_states.device.type)
+    _check_kinds(hidden_states, gate_up_proj, down_proj)
+    weights = (("gate_up_proj", gate_up_proj), ("down_proj", down_proj))
+    return hidden_states.to(dtype), *[_cast(name, weight, dtype) for name, weight in weights]
+
+
 def _cast(name: str, weight: Weight, dtype: torch.dtype) -> Weight:
     if isinstance(weight, FourBitWeight):
         return weight
@@ -111,16 +115,41 @@ def _cast(name: str, weight: Weight, dtype: torch.dtype) -> Weight:
     return weight.to(dtype)
 
 
+_checked = ByForm()
+
+
+def _once(form: Optional[Tuple], check: Callable[..., None], *arguments: Any) -> None:
+    """``check(*arguments)``, unless arguments of the same form have passed it."""
+    if form is None:
+        check(*arguments)
+        return
+    try:
+        known = form in _checked
+    except TypeError:  # cannot be hashed: a mistake that the check will name
+        known = False
+    if not known:
+        check(*arguments)
+        _checked.keep(form, True)
+
+
 def _check_kinds(hidden_states, gate_up_proj, down_proj) -> None:
     """What autocast would make pass, or cannot cast."""
-    check_dims("hidden_states", hidden_states, "(T, H)")
     check_float("hidden_states", hidden_states)
-    check_device("hidden_states", hidden_states)
     for name, weight, dims in (("gate_up_proj", gate_up_proj, "(E, 2I, H)"), ("down_proj", down_proj, "(E, H, I)")):
         check_weight(name, weight, dims)
 
 
-def _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation) -> None:
+def _check_projection(name: str, projection: Projection, dims: str) -> None:
+    check_weight(f"{name}_proj", projection.weight, dims)
+    if projection.lora is not None:
+        check_lora(f"{name}_lora", projection.lora, f"{name}_proj", projection.weight)
+
+
+def _check(hidden_states, top_k_index, top_k_weights, gate_up: Projection, down: Projection, activation) -> None:
+    check_float("hidden_states", hidden_states)
+    _once(gate_up.form, _check_projection, "gate_up", gate_up, "(E, 2I, H)")
+    _once(down.form, _check_projection, "down", down, "(E, H, I)")
+    gate_up_proj, down_proj = gate_up.weight, down.weight
     check_dims("top_k_index", top_k_index, "(T, k)")
     check_dims("top_k_weights", top_k_weights, "(T, k)")
     check_float("top_k_weights", top_k_weights)

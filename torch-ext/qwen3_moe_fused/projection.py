@@ -5,11 +5,12 @@ The layer's code handles a :class:`Projection` whole. A torch op takes plain ten
 goes through it as the flat tuple of ``flatten`` and comes out again by ``unflatten``.
 """
 
-from typing import Callable, NamedTuple, Optional, Tuple, Union
+from typing import Callable, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 
 from .checks import check_device, check_dims, check_float, check_like, check_size
+from .form import form_of
 
 Tensor = torch.Tensor
 
@@ -72,10 +73,16 @@ QUANT_TYPES = ("nf4", "fp4")
 
 
 class Projection(NamedTuple):
-    """One projection: its weight (E, N, K) and its adapter."""
+    """One projection: its weight (E, N, K), its adapter, and the form of both, see ``of``."""
 
     weight: Weight
     lora: Optional[Lora] = None
+    form: Optional[Tuple] = None
+
+    @staticmethod
+    def of(weight: Weight, lora: Optional[Lora]) -> "Projection":
+        """With the form, which whoever gets it then needs not find again."""
+        return Projection(weight, lora, form_of(weight, lora))
 
     @property
     def four_bit(self) -> bool:
@@ -92,6 +99,10 @@ class Projection(NamedTuple):
         weight = self.weight.packed if self.four_bit else self.weight
         return weight, *(self.lora or (None, None))[:2]
 
+    def tensors(self) -> List[Tensor]:
+        weight = [x for x in self.weight[:6] if x is not None] if self.four_bit else [self.weight]
+        return weight if self.lora is None else [*weight, *self.lora[:2]]
+
     def without_leaves(self) -> "Projection":
         """The rest, for ``with_leaves`` to make whole again."""
         return self.with_leaves(None, None, None)
@@ -99,7 +110,7 @@ class Projection(NamedTuple):
     def with_leaves(self, weight: Optional[Tensor], A: Optional[Tensor], B: Optional[Tensor]) -> "Projection":
         if self.four_bit:
             weight = FourBitWeight(weight, *self.weight[1:])
-        return Projection(weight, self.lora and Lora(A, B, *self.lora[2:]))
+        return Projection(weight, self.lora and Lora(A, B, *self.lora[2:]), self.form)
 
     def flatten(self) -> Tuple:
         """Tensor, five statistics, six numbers (none if dense), A, B, scaling, dropout: what an op takes."""
@@ -121,7 +132,7 @@ def unflatten(flat: Tuple, dtype: torch.dtype) -> Projection:
     if numbers:
         *shape, blocksize, nested, quant_type = numbers
         weight = FourBitWeight(weight, *statistics, tuple(shape), blocksize, nested, QUANT_TYPES[quant_type], dtype)
-    return Projection(weight, None if A is None else Lora(A, B, scaling, dropout))
+    return Projection.of(weight, None if A is None else Lora(A, B, scaling, dropout))
 
 
 class Gradients(NamedTuple):

@@ -54,6 +54,7 @@ def _forget(kernel) -> None:
             if isinstance(function, triton.JITFunction):
                 function.device_caches.clear()
     importlib.import_module(f"{package.__name__}.launch")._compiled.clear()
+    importlib.import_module(f"{kernel.__name__}.form").forget()
 
 
 def test_compiled_together_or_in_turn_the_results_are_the_same_bits(

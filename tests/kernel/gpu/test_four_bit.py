@@ -28,9 +28,15 @@ PROBLEMS = [  # so many rows per expert that each entry of the tables is used
 @pytest.fixture
 def way(kernel, monkeypatch):
     """Makes the layer take the way called so, whatever its regime would say."""
-    regime = importlib.import_module(f"{kernel.__name__}.regime")
+    regime, form = (importlib.import_module(f"{kernel.__name__}.{name}") for name in ("regime", "form"))
     monkeypatch.setattr(regime, "GEMV_SLOTS", 0)
-    return lambda name: monkeypatch.setattr(regime, "regime", lambda *_: name)
+
+    def take(name: str) -> None:
+        monkeypatch.setattr(regime, "regime", lambda *_: name)
+        form.forget()
+
+    yield take
+    form.forget()
 
 
 @pytest.mark.parametrize(("quantization", "dtype"), QUANTIZATIONS, ids=repr)

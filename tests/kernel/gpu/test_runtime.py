@@ -159,8 +159,9 @@ def _copy_in(static, fresh) -> None:
 
 def _memory(function: Callable[[], object], release: Callable[[], object] = lambda: None) -> tuple[int, int]:
     """(kept, peak): bytes above the start that ``function`` leaves allocated, and the most it had at one time."""
-    function()  # compiles and loads
-    release()
+    for _ in range(3):  # compiles and loads, is recorded, is replayed
+        function()
+        release()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     start = torch.cuda.memory_allocated()

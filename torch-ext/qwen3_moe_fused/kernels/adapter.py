@@ -118,7 +118,7 @@ def adapters(
 ) -> Tuple[Optional[Adapter], Optional[Adapter]]:
     """Those of both projections, each with a stream of its own for dropout."""
     found = []
-    for stream, (weight, lora) in enumerate((gate_up, down)):
+    for stream, (weight, lora, _) in enumerate((gate_up, down)):
         if lora is not None:
             narrow = choose_narrow(
                 order.numel(), weight.shape[0], lora.A.shape[1], lora.dropout > 0, dtype, order.device

@@ -6,6 +6,7 @@ calls with the same key launch that one directly. The key holds all that Triton 
 that it does. Kernels that are missing are compiled together with others, see ``first_call``.
 """
 
+import threading
 from typing import Any, Dict, List, Tuple
 
 import torch
@@ -17,6 +18,13 @@ from . import first_call
 Tensor = torch.Tensor
 
 _compiled: Dict[Tuple, Any] = {}
+
+
+class _Thread(threading.local):
+    recording = None  # notes this thread's launches, see ``replay``
+
+
+thread = _Thread()
 
 
 def launch(
@@ -40,6 +48,8 @@ def launch(
     grid = (*grid, 1, 1)[:3]
     if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter compiles nothing
         kernel[grid](*pointers, *counts, *constants)
+        if thread.recording is not None:
+            thread.recording.launched(None, grid, ())
         return
     addresses, traits = specialize(pointers, counts, constants)
     device = torch.cuda.current_device()
@@ -58,6 +68,8 @@ def launch(
             *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
             *addresses, *counts, *constants,
         )  # fmt: skip
+    if thread.recording is not None:
+        thread.recording.launched(compiled, grid, (*pointers, *counts, *constants))
 
 
 def specialize(pointers: Tuple, counts: Tuple[int, ...], constants: Tuple) -> Tuple[List, Tuple]:
