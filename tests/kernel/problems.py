@@ -156,7 +156,7 @@ def choose_experts(imbalance: str, rows: int, k: int, experts: int, generator: t
         return torch.randint((experts + 1) // 2, (rows, k), generator=generator, device=device) * 2
     if imbalance == "all_skipped":
         return torch.full((rows, k), experts, device=device)
-    distinct = torch.rand(rows, experts, generator=generator, device=device).argsort(dim=1)[:, :k].contiguous()
+    distinct = torch.rand(rows, experts, generator=generator, device=device).topk(k, dim=1).indices
     if imbalance == "some_skipped":
         skipped = torch.rand(rows, k, generator=generator, device=device) < 0.4
         skipped[:1] = True  # one token is skipped altogether

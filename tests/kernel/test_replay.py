@@ -118,14 +118,15 @@ def _trace(kernel, compiler, direction: str, arguments: tuple) -> tuple[list, tu
     return [*trace, type(results)], results
 
 
+@pytest.mark.parametrize("tokens", [1, 24])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_training_step_launches_what_the_code_does(kernel, compiler, replays, kind, request):
+def test_a_training_step_launches_what_the_code_does(kernel, compiler, replays, kind, tokens, request):
     if "fast" in kind:
         request.getfixturevalue("fast")
-    _layer(kernel, kind).step()
+    _layer(kernel, kind, tokens).step()
     traces = []
     for _ in range(4):
-        layer = _layer(kernel, kind)
+        layer = _layer(kernel, kind, tokens)
         forward, (_, *saved) = _trace(kernel, compiler, "forward", layer.forward_arguments())
         backward, _ = _trace(kernel, compiler, "backward", layer.backward_arguments(tuple(saved)))
         traces.append((forward, backward))
