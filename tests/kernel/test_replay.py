@@ -2,16 +2,19 @@
 
 import importlib
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import pytest
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .absent import BF16, LAYERS, E, H, I, K, Layer, module
 
 KINDS = [*LAYERS, "4 bit with adapters, fast", "adapters as PEFT's", "adapters with dropout"]
+MANY = 3000  # tokens, enough for tiles of 128 rows and for weights to be dequantized
 MAKERS = ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"))
 BEFORE = 9  # of a launch's arguments: the grid, the stream, and what is Triton's
 
@@ -37,6 +40,16 @@ def fast(kernel, monkeypatch) -> None:
     regime = importlib.import_module(f"{kernel.__name__}.regime")
     monkeypatch.setattr(regime, "has_byte_permute", lambda device: True)
     monkeypatch.setattr(regime, "_fits_fast", lambda weight: True)
+
+
+@pytest.fixture
+def many(kernel, monkeypatch) -> None:
+    """A card that reads weights by descriptors, a second product in halves, and weights decoded in several parts."""
+    regime = importlib.import_module(f"{kernel.__name__}.regime")
+    monkeypatch.setattr(module(kernel, "product"), "_has_tma", lambda device: True)
+    monkeypatch.setattr(module(kernel, "experts"), "window", lambda slots, columns, *rest: columns // 2)
+    monkeypatch.setattr(regime, "LARGE_SCRATCH", 0)
+    monkeypatch.setattr(regime, "SCRATCH", 0)
 
 
 def _layer(kernel, kind: str = "adapters", tokens: int = 24) -> Layer:
@@ -102,14 +115,18 @@ def _trace(kernel, compiler, direction: str, arguments: tuple) -> tuple[list, tu
     with _made() as made:
         results = _call(kernel, direction, arguments)
     names = {tensor.data_ptr(): f"argument {i}" for i, tensor in enumerate(_tensors(arguments))}
-    memory = {tensor.data_ptr() for tensor in made}
 
     def named(value):
         if isinstance(value, tuple):
             return tuple(map(named, value))
+        if isinstance(value, TensorDescriptor):
+            fields = vars(value).items()
+            return tuple((name, named(x.data_ptr()) if name == "base" else x) for name, x in fields)
         address = value.data_ptr() if isinstance(value, torch.Tensor) else value
-        if address in memory:
-            names.setdefault(address, f"memory {len(names)}")
+        for tensor in made:
+            offset = address - tensor.data_ptr() if isinstance(address, int) else -1
+            if 0 <= offset < tensor.nbytes:
+                return names.setdefault(tensor.data_ptr(), f"memory {len(names)}"), offset
         return names.get(address, address)
 
     launches = zip(compiler.launched[first:], compiler.arguments[first:])
@@ -132,6 +149,13 @@ def test_a_training_step_launches_what_the_code_does(kernel, compiler, replays, 
         traces.append((forward, backward))
     assert traces[0] == traces[1] == traces[2] == traces[3]
     assert replays == [True] * 4, "forward and backward, from the third step on"
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_step_of_many_tokens_launches_what_the_code_does(kernel, compiler, replays, many, kind):
+    test_a_training_step_launches_what_the_code_does(kernel, compiler, replays, kind, MANY, None)
+    descriptors = [x for arguments in compiler.arguments for x in arguments if isinstance(x, TensorDescriptor)]
+    assert len(descriptors) > 5 * 4, "a step reads weights by four products, of which two are in halves or all in parts"
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "4 bit, fast"])
@@ -228,19 +252,52 @@ def test_arguments_that_were_one_and_are_two(kernel, compiler, replays):
     assert of_apart == _trace(kernel, compiler, "forward", calls[-1])[0] != of_shared[0]
 
 
-@pytest.mark.parametrize("reason", ["a result that is filled", "an index that is copied", "a descriptor"])
-def test_what_is_not_all_launches_is_never_replayed(kernel, compiler, replays, reason, monkeypatch):
-    tokens = 24
-    if reason == "a descriptor":
-        monkeypatch.setattr(module(kernel, "product"), "_has_tma", lambda device: True)
-        tokens = 3000
-    hidden, index, *others, result = _layer(kernel, "dense", tokens).forward_arguments()
+@pytest.mark.parametrize("reason", ["a result that is filled", "an index that is copied"])
+def test_what_is_not_all_launches_is_never_replayed(kernel, compiler, replays, reason):
+    hidden, index, *others, result = _layer(kernel, "dense").forward_arguments()
     if reason == "an index that is copied":
-        index = torch.empty(K, tokens, dtype=torch.int64).t()
+        index = torch.empty(K, 24, dtype=torch.int64).t()
     result = reason != "a result that is filled"
     for _ in range(4):
         _call(kernel, "forward", (hidden, index, *others, result))
     assert replays == [] and compiler.launched
+
+
+@pytest.mark.parametrize("part", ["an argument", "an allocation"])
+def test_an_address_inside_of_an_argument_is_nobodys(kernel, compiler, replays, part):
+    """It may be that of another argument, too; in another call it would not."""
+
+    def function(slots, weights, index):
+        rows = slots[:, 128:] if part == "an argument" else slots.new_empty(6, 256)[:, 128:]
+        out = slots.new_empty(3, 128)
+        module(kernel, "combine").combine(rows, weights, index, E, out)
+        return (out,)
+
+    arguments = torch.empty(6, 256, dtype=BF16), torch.empty(3, 2, dtype=BF16), torch.zeros(3, 2, dtype=torch.int64)
+    for _ in range(5):
+        module(kernel, "replay").replayed(function, *arguments)
+    assert replays == ([] if part == "an argument" else [True] * 3) and len(compiler.launched) == 5
+
+
+def test_a_tuple_of_one_stays_a_tuple(kernel, compiler, replays):
+    launcher = module(kernel, "launch")
+
+    def function(x):
+        launcher.launch(module(kernel, "combine")._combine_kernel, (1,), 4, 1, ((x,), x, x, x), (), 8, 1, E, *[1] * 5)
+        return (x,)
+
+    for _ in range(4):
+        module(kernel, "replay").replayed(function, torch.empty(8))
+    assert all(isinstance(arguments[BEFORE], tuple) for arguments in compiler.arguments[1:])
+
+
+def test_an_address_belongs_to_whom_memory_is_and_not_to_whom_it_was(kernel, compiler):
+    x = torch.empty(8)
+    with module(kernel, "replay")._Recording([x]) as recording:
+        freed, memory = torch.empty(8), torch.empty(1024)
+    place = recording.memory[memory.data_ptr()]
+    recording.memory[memory[100:].data_ptr()] = recording.memory[freed.data_ptr()]  # it was there
+    assert recording._whose(memory[100:]) == (place, 400) and recording._whose(x) == (0, 0)
 
 
 def test_results_are_new_each_time_and_memory_that_is_given_is_used(kernel, compiler, replays):
@@ -253,9 +310,13 @@ def test_results_are_new_each_time_and_memory_that_is_given_is_used(kernel, comp
     assert replays == [True] * 3
 
 
-def test_nothing_is_kept_but_results(kernel, compiler, replays):
+@pytest.mark.parametrize("tokens", [24, MANY])
+@pytest.mark.parametrize("kind", ["adapters", "4 bit"])
+def test_nothing_is_kept_but_results(kernel, compiler, replays, kind, tokens, request):
+    if tokens == MANY:
+        request.getfixturevalue("many")
     for _ in range(3):
-        arguments = _layer(kernel).forward_arguments()
+        arguments = _layer(kernel, kind, tokens).forward_arguments()
         with _made() as made:
             results = _call(kernel, "forward", arguments)
         left = [*map(weakref.ref, made), *map(weakref.ref, _tensors(arguments))]
@@ -266,10 +327,15 @@ def test_nothing_is_kept_but_results(kernel, compiler, replays):
     assert replays == [True]
 
 
+@pytest.mark.parametrize("tokens", [24, MANY])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_more_memory_at_any_time(kernel, compiler, replays, kind):
+def test_no_more_memory_at_any_time(kernel, compiler, replays, kind, tokens, request):
+    compiler.arguments = deque(maxlen=0)  # keeps none alive
+    if tokens == MANY:
+        request.getfixturevalue("many")
+
     def peaks() -> list[int]:
-        layer = _layer(kernel, kind)
+        layer = _layer(kernel, kind, tokens)
         with _counted() as forward:
             _, *saved = _call(kernel, "forward", layer.forward_arguments())
         arguments = layer.backward_arguments(tuple(saved))
@@ -277,7 +343,7 @@ def test_no_more_memory_at_any_time(kernel, compiler, replays, kind):
             _call(kernel, "backward", arguments)
         return [max(forward), max(backward)]
 
-    _layer(kernel, kind).step()
+    _layer(kernel, kind, tokens).step()
     by_code, recorded, replayed = [peaks() for _ in range(3)]
     assert recorded == by_code and all(a <= b for a, b in zip(replayed, by_code)) and replays == [True, True]
 

@@ -5,16 +5,19 @@ that out takes the host longer than a small batch takes the GPU. So the second c
 allocates, what it launches, and whose address each pointer of a launch is. The calls after it repeat that with
 addresses of their own, and decide nothing.
 
-A record must hold all that a call does on the device. Who computes by PyTorch's ops instead of :func:`launch`, passes a
-pointer to anything but a tensor's start, or a descriptor, is never replayed: the code runs each time.
+A record must hold all that a call does on the device, and nobody may guess whose an address is. A call that computes by
+PyTorch's ops instead of :func:`launch`, or passes a pointer into an argument that is not its start, is never replayed:
+the code runs each time.
 """
 
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..form import ByForm, form_of
 from ..projection import Projection
@@ -22,7 +25,7 @@ from .launch import thread
 
 Tensor = torch.Tensor
 Place = int
-"""Where something stands in a call's table: the address of an argument or of an allocation, a number, a tuple."""
+"""Where something stands in a call's table: the address of an argument or of an allocation, or what launches take."""
 
 ALIGNMENT = 16
 """Bytes. Whether an address is a multiple is all that code and compiled kernels depend on."""
@@ -32,7 +35,7 @@ class Launch(NamedTuple):
     """In the order in which it happens; the last are allocations that nobody reads any more."""
 
     allocations: List[Tuple[Place, Tuple[int, ...], torch.dtype]]
-    tuples: List[Tuple[Place, itemgetter]]
+    made: List[Tuple[Place, Callable[[List], Any]]]  # of what stands in the table
     run: Callable
     arguments: itemgetter
     freed: List[Place]
@@ -60,12 +63,12 @@ class Record(NamedTuple):
         table, held = addresses + self.table, dict(enumerate(tensors))
         device = tensors[0].device
         table[self.stream] = driver.active.get_current_stream(device.index)
-        for allocations, tuples, run, arguments, freed in self.launches:
+        for allocations, made, run, arguments, freed in self.launches:
             for place, shape, dtype in allocations:
                 held[place] = tensor = torch.empty(*shape, dtype=dtype, device=device)
                 table[place] = tensor.data_ptr()
-            for place, parts in tuples:
-                table[place] = parts(table)
+            for place, make in made:
+                table[place] = make(table)
             run(*arguments(table))
             for place in freed:
                 del held[place]
@@ -120,7 +123,7 @@ def _form(function: Callable, arguments: Tuple) -> Tuple[List[Tensor], Optional[
 
 _aten = torch.ops.aten
 _ALLOCATE = {_aten.empty, _aten.empty_like, _aten.new_empty}
-_VIEW = {_aten.view, _aten.transpose, _aten.slice, _aten.detach}
+_VIEW = {_aten.alias, _aten.view, _aten.transpose, _aten.slice, _aten.detach}
 
 
 class _Recording(TorchDispatchMode):
@@ -129,13 +132,14 @@ class _Recording(TorchDispatchMode):
     def __init__(self, tensors: List[Tensor]):
         super().__init__()
         addresses = [tensor.data_ptr() for tensor in tensors]
-        self.places: Dict[int, Place] = {}  # of each address; memory that is freed may be allocated again
+        self.arguments: Dict[int, Place] = {}  # by address
         for place, address in enumerate(addresses):
-            self.places.setdefault(address, place)
-        self.same = [(self.places[address], i) for i, address in enumerate(addresses) if self.places[address] != i]
+            self.arguments.setdefault(address, place)
+        self.same = [(self.arguments[x], i) for i, x in enumerate(addresses) if self.arguments[x] != i]
         self.complete = all([address % ALIGNMENT == 0 for address in addresses])
         self.tensors, self.table = tensors, []
         self.stream = self._place(None)
+        self.memory: Dict[int, Place] = {}  # by address, the last allocation there: what is freed is allocated again
         self.allocations: Dict[Place, Tuple] = {}
         self.readers: Dict[Place, List[int]] = {}  # the launches that an allocation is passed to
         self.launches: List[Launch] = []
@@ -151,7 +155,7 @@ class _Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in _ALLOCATE:
-            self.places[result.data_ptr()] = place = self._place(None)
+            self.memory[result.data_ptr()] = place = self._place(None)
             self.allocations[place] = place, tuple(result.shape), result.dtype
             self.readers[place] = []
             self.complete &= result.is_contiguous() and result.numel() > 0 and result.device == self.tensors[0].device
@@ -161,28 +165,45 @@ class _Recording(TorchDispatchMode):
 
     def launched(self, compiled: Any, grid: Tuple[int, ...], arguments: Tuple) -> None:
         """``compiled`` is None if it was not when the launch was asked for."""
-        tuples = []
-        places = [self._argument(value, tuples) for value in arguments]
+        made = []
+        places = [self._argument(value, made) for value in arguments]
         if compiled is None or None in places:
             self.complete = False
             return
         grid, kernel = map(self._place, grid), (compiled.function, compiled.packed_metadata, None, None, None)
         places = (*grid, self.stream, *map(self._place, kernel), *places)
-        self.launches.append(Launch([], tuples, compiled.run, itemgetter(*places), []))
+        self.launches.append(Launch([], made, compiled.run, itemgetter(*places), []))
 
-    def _argument(self, value: Any, tuples: List) -> Optional[Place]:
+    def _argument(self, value: Any, made: List) -> Optional[Place]:
         """Its place; None if nobody knows what it would be in another call."""
         if _is_fixed(value):
             return self._place(value)
+        make = None
         if isinstance(value, Tensor):
-            place = self.places.get(value.data_ptr())
+            place, offset = self._whose(value)
             self.readers.get(place, []).append(len(self.launches))
-            return place
-        places = [self._argument(part, tuples) for part in value] if isinstance(value, tuple) else [None]
-        if None in places:
+            if not offset:
+                return place
+            make = _moved(place, offset)
+        elif isinstance(value, TensorDescriptor):
+            place = self._argument(value.base, made)
+            make = place is not None and _descriptor(place, value)
+        elif isinstance(value, tuple) and len(value) > 1:  # of one place, itemgetter makes no tuple
+            places = [self._argument(part, made) for part in value]
+            make = None not in places and itemgetter(*places)
+        if not make:
             return None
-        tuples.append((self._place(None), itemgetter(*places)))
-        return tuples[-1][0]
+        made.append((self._place(None), make))
+        return made[-1][0]
+
+    def _whose(self, tensor: Tensor) -> Tuple[Optional[Place], int]:
+        """The allocation that ``tensor`` lies in, and how many bytes from its start; or the argument that it is.
+
+        Asked by its storage, which is alive: where it starts, memory that was freed before may have ended."""
+        start = tensor.untyped_storage().data_ptr()
+        if start in self.memory:
+            return self.memory[start], tensor.data_ptr() - start
+        return self.arguments.get(tensor.data_ptr()), 0
 
     def _place(self, value: Any) -> Place:
         """A new one, for ``value``."""
@@ -201,7 +222,7 @@ class _Recording(TorchDispatchMode):
         return Record(self.table, self.stream, self.same, self.launches, places, make_results)
 
     def _result(self, tensor: Tensor) -> Optional[Place]:
-        place = self.places.get(tensor.data_ptr())
+        place, _ = self._whose(tensor)
         if place in self.allocations:
             whole = tensor.is_contiguous() and (tuple(tensor.shape), tensor.dtype) == self.allocations[place][1:]
         else:
@@ -213,3 +234,23 @@ class _Recording(TorchDispatchMode):
 def _is_fixed(value: Any) -> bool:
     """Whether it is part of the form, or follows from it."""
     return isinstance(value, (int, float, str, type(None))) or (isinstance(value, tuple) and all(map(_is_fixed, value)))
+
+
+def _moved(place: Place, offset: int) -> Callable[[List], int]:
+    return lambda table: table[place] + offset
+
+
+class _Base(NamedTuple):
+    """What is asked of a descriptor's tensor. Not the tensor, whose memory would then be in use until the call ends."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _descriptor(place: Place, like: TensorDescriptor) -> Callable[[List], TensorDescriptor]:
+    dtype = like.base.dtype
+    like = replace(like, base=_Base(0, dtype))
+    return lambda table: replace(like, base=_Base(table[place], dtype))
