@@ -30,6 +30,7 @@ class Compiler:
         self.in_turn: list[str] = []  # of these, by a launch that waited for it
         self.launched: list[str] = []
         self.arguments: list[tuple] = []
+        self.stream = 0
         self.launchers: list[tuple[str, threading.Thread]] = []  # of which kernels, and who built them
         self.broken = self.without_launcher = ""
         self.on_compile: Callable[[str], None] = lambda name: None
@@ -38,7 +39,7 @@ class Compiler:
         return self  # Triton's caches are by device, so those of each test are its own
 
     def get_current_stream(self, device: object = None) -> int:
-        return 0
+        return self.stream
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)

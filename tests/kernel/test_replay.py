@@ -3,7 +3,7 @@
 import importlib
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
@@ -22,7 +22,7 @@ BEFORE = 9  # of a launch's arguments: the grid, the stream, and what is Triton'
 @pytest.fixture
 def replays(kernel, compiler, monkeypatch) -> list[bool]:
     """Of each call for which there is a record, whether it was replayed."""
-    record, found = module(kernel, "replay").Record, []
+    record, found = module(kernel, "record").Record, []
     replay = record.replay
 
     def noted(self, tensors):
@@ -112,7 +112,7 @@ def _trace(kernel, compiler, direction: str, arguments: tuple) -> tuple[list, tu
     """What a call launches and returns, with addresses named by whose they are; and its results. Its kernels have been
     compiled."""
     first = len(compiler.launched)
-    with _made() as made:
+    with _made() as made, mock.patch.object(module(kernel, "record"), "SMALL", 0):
         results = _call(kernel, direction, arguments)
     names = {tensor.data_ptr(): f"argument {i}" for i, tensor in enumerate(_tensors(arguments))}
 
@@ -124,9 +124,9 @@ def _trace(kernel, compiler, direction: str, arguments: tuple) -> tuple[list, tu
             return tuple((name, named(x.data_ptr()) if name == "base" else x) for name, x in fields)
         address = value.data_ptr() if isinstance(value, torch.Tensor) else value
         for tensor in made:
-            offset = address - tensor.data_ptr() if isinstance(address, int) else -1
-            if 0 <= offset < tensor.nbytes:
-                return names.setdefault(tensor.data_ptr(), f"memory {len(names)}"), offset
+            if isinstance(address, int) and _holds(tensor, address):
+                start = tensor.data_ptr()
+                return names.setdefault(start, f"memory {len(names)}"), address - start
         return names.get(address, address)
 
     launches = zip(compiler.launched[first:], compiler.arguments[first:])
@@ -263,20 +263,98 @@ def test_what_is_not_all_launches_is_never_replayed(kernel, compiler, replays, r
     assert replays == [] and compiler.launched
 
 
-@pytest.mark.parametrize("part", ["an argument", "an allocation"])
-def test_an_address_inside_of_an_argument_is_nobodys(kernel, compiler, replays, part):
-    """It may be that of another argument, too; in another call it would not."""
+def _whole(launch, x):
+    launch(x, out := torch.empty_like(x))
+    return (out,)
 
-    def function(slots, weights, index):
-        rows = slots[:, 128:] if part == "an argument" else slots.new_empty(6, 256)[:, 128:]
-        out = slots.new_empty(3, 128)
-        module(kernel, "combine").combine(rows, weights, index, E, out)
-        return (out,)
 
-    arguments = torch.empty(6, 256, dtype=BF16), torch.empty(3, 2, dtype=BF16), torch.zeros(3, 2, dtype=torch.int64)
+def _inside_of_memory(launch, x):
+    launch(torch.empty_like(x)[:, 4:], out := torch.empty_like(x))
+    return (out,)
+
+
+def _inside_of_an_argument(launch, x):
+    """Another argument may lie there, too; in another call it would not."""
+    launch(x[:, 4:], out := torch.empty_like(x))
+    return (out,)
+
+
+def _written_by_pytorch(launch, x):
+    launch(x, out := torch.empty_like(x).zero_())
+    return (out,)
+
+
+def _made_by_pytorch(launch, x):
+    launch(x + 1, out := torch.empty_like(x))
+    return (out,)
+
+
+def _empty(launch, x):
+    launch(x, torch.empty(0))
+    return (torch.empty_like(x),)
+
+
+def _elsewhere(launch, x):
+    launch(x, x)
+    return (torch.empty_like(x, device="meta"),)
+
+
+def _part(launch, x):
+    launch(x, out := torch.empty_like(x))
+    return (out[:4],)
+
+
+def _other_shape(launch, x):
+    launch(x, out := torch.empty_like(x))
+    return (out.view(-1),)
+
+
+def _other_dtype(launch, x):
+    launch(x, out := torch.empty_like(x))
+    return (out.view(torch.int32),)
+
+
+def _other_strides(launch, x):
+    launch(x, out := torch.empty_like(x))
+    return (out.transpose(0, 1),)
+
+
+def _view_of_an_argument(launch, x):
+    launch(x, x)
+    return (x.view(-1),)
+
+
+def _no_launch(launch, x):
+    return (torch.empty_like(x),)
+
+
+CAN = [_whole, _inside_of_memory]
+CANNOT = [_inside_of_an_argument, _written_by_pytorch, _made_by_pytorch, _empty, _elsewhere, _part, _other_shape]
+CANNOT += [_other_dtype, _other_strides, _view_of_an_argument, _no_launch]
+
+
+@pytest.mark.parametrize("function", CAN + CANNOT)
+def test_what_can_be_replayed_and_what_cannot(kernel, compiler, replays, function):
+    launcher, kernels = module(kernel, "launch"), module(kernel, "combine")
+
+    def launch(x: torch.Tensor, out: torch.Tensor) -> None:
+        launcher.launch(kernels._combine_kernel, (1,), 4, 1, (x, x, x, out), (), 8, 1, E, *[1] * 5)
+
     for _ in range(5):
-        module(kernel, "replay").replayed(function, *arguments)
-    assert replays == ([] if part == "an argument" else [True] * 3) and len(compiler.launched) == 5
+        (result,) = module(kernel, "replay").replayed(function, launch, x := torch.empty(8, 8))
+        (expected,) = function(launch, x)
+        assert [f(result) for f in (torch.Tensor.size, torch.Tensor.stride)] == [
+            f(expected) for f in (torch.Tensor.size, torch.Tensor.stride)
+        ]
+        assert (result.dtype, result.device) == (expected.dtype, expected.device)
+    assert replays == ([True] * 3 if function in CAN else [])
+
+
+def test_a_replay_is_on_the_stream_of_its_time(kernel, compiler, replays):
+    for compiler.stream in (0, 0, 0, 7):
+        compiler.arguments.clear()
+        _call(kernel, "forward", _layer(kernel).forward_arguments())
+    assert {arguments[3] for arguments in compiler.arguments} == {7} and replays == [True, True]
 
 
 def test_a_tuple_of_one_stays_a_tuple(kernel, compiler, replays):
@@ -293,7 +371,7 @@ def test_a_tuple_of_one_stays_a_tuple(kernel, compiler, replays):
 
 def test_an_address_belongs_to_whom_memory_is_and_not_to_whom_it_was(kernel, compiler):
     x = torch.empty(8)
-    with module(kernel, "replay")._Recording([x]) as recording:
+    with module(kernel, "record").Recording([x]) as recording:
         freed, memory = torch.empty(8), torch.empty(1024)
     place = recording.memory[memory.data_ptr()]
     recording.memory[memory[100:].data_ptr()] = recording.memory[freed.data_ptr()]  # it was there
@@ -327,12 +405,74 @@ def test_nothing_is_kept_but_results(kernel, compiler, replays, kind, tokens, re
     assert replays == [True]
 
 
+@pytest.mark.parametrize("tokens, small", [(24, 2**23), (24, 2**13), (MANY, 2**23), (MANY, 2**20)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("call", ["inference", "forward", "backward"])
+def test_what_ends_with_a_call_shares_an_allocation(
+    kernel, compiler, replays, call, kind, tokens, small, request, monkeypatch
+):
+    monkeypatch.setattr(module(kernel, "record"), "SMALL", small)
+    if tokens == MANY:
+        request.getfixturevalue("many")
+    layer = _layer(kernel, kind, tokens)
+    arguments = layer.forward_arguments(save=call != "inference")
+    if call == "backward":
+        arguments = layer.backward_arguments(tuple(layer.forward()[1:]))
+    runs = []
+    for _ in range(4):  # compiled, by the code, by the code as it is recorded, replayed
+        compiler.arguments.clear()
+        with _made() as made:
+            results = _call(kernel, "backward" if call == "backward" else "forward", arguments)
+        values = [*_values(value for launch in compiler.arguments for value in launch[:3] + launch[BEFORE:])]
+        runs.append((values, made))
+        if len(runs) == 1:
+            importlib.import_module(f"{kernel.__name__}.form").forget()
+    _, (values, made), _, (others, others_made) = runs
+    assert replays == [True]
+
+    moved = [set() for _ in made]  # where in the replay lies what the code has allocated
+    for value, other in zip(values, others, strict=True):
+        owners = [i for i, x in enumerate(made) if isinstance(value, int) and _holds(x, value)]
+        for i in owners:
+            moved[i].add(other + made[i].data_ptr() - value)
+        assert owners or value == other
+    assert all(len(starts) < 2 for starts in moved), "each in one place"
+    spans = sorted((start, start + x.nbytes) for x, starts in zip(made, moved) for start in starts)
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:])), "none on another"
+    assert all(any(_holds(x, start) and _holds(x, end - 1) for x in others_made) for start, end in spans)
+
+    returned = {x.data_ptr() for x in _tensors(results)}
+    (whole,) = [x for x in others_made if x.dtype == torch.uint8 and x.data_ptr() not in returned]
+    inside = [(start, end) for start, end in spans if _holds(whole, start)]
+    assert all((start - whole.data_ptr()) % 512 == 0 for start, _ in inside), "as PyTorch's allocations are"
+    assert whole.nbytes == sum(-(-(end - start) // 512) * 512 for start, end in inside) <= small
+    apart = [x.nbytes for x in others_made if x is not whole and x.data_ptr() not in returned]
+    assert max(end - start for start, end in inside) <= min(apart, default=small) and (small < 2**23 or not apart)
+
+
+def _values(arguments: Iterable) -> Iterator:
+    """What launches were given, tuples and descriptors taken apart."""
+    for value in arguments:
+        if isinstance(value, TensorDescriptor):
+            yield from (value.base.data_ptr(), value.shape, value.strides, value.block_shape)
+        elif isinstance(value, tuple):
+            yield from _values(value)
+        else:
+            yield value
+
+
+def _holds(tensor: torch.Tensor, address: int) -> bool:
+    return 0 <= address - tensor.data_ptr() < tensor.nbytes
+
+
 @pytest.mark.parametrize("tokens", [24, MANY])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_more_memory_at_any_time(kernel, compiler, replays, kind, tokens, request):
+def test_no_more_memory_at_any_time(kernel, compiler, replays, kind, tokens, request, monkeypatch):
     compiler.arguments = deque(maxlen=0)  # keeps none alive
     if tokens == MANY:
         request.getfixturevalue("many")
+
+    monkeypatch.setattr(module(kernel, "record"), "SMALL", 0)  # that much more, see above
 
     def peaks() -> list[int]:
         layer = _layer(kernel, kind, tokens)
@@ -348,6 +488,35 @@ def test_no_more_memory_at_any_time(kernel, compiler, replays, kind, tokens, req
     assert recorded == by_code and all(a <= b for a, b in zip(replayed, by_code)) and replays == [True, True]
 
 
+@pytest.mark.parametrize("tokens", [24, MANY])
+@pytest.mark.parametrize("kind", KINDS)
+def test_launches_are_given_memory_that_is_there(kernel, compiler, replays, kind, tokens, request, monkeypatch):
+    monkeypatch.setattr(module(kernel, "record"), "SMALL", 2**13)
+    if tokens == MANY:
+        request.getfixturevalue("many")
+    living, addresses = {}, set()
+
+    def note(tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        living[id(storage)] = tensor.data_ptr(), tensor.data_ptr() + storage.nbytes()
+        weakref.finalize(storage, living.pop, id(storage))
+        addresses.add(tensor.data_ptr())
+
+    class Launches(list):
+        def append(self, arguments: tuple) -> None:
+            given = {x for x in _values(arguments[BEFORE:]) if isinstance(x, int)} & addresses
+            assert all(any(start <= x < end for start, end in living.values()) for x in given)
+
+    for step in range(4):
+        layer = _layer(kernel, kind, tokens)
+        addresses.clear()  # where this layer lies, others have lain
+        if step == 3:
+            compiler.arguments = Launches()
+        with _at_each_allocation(note):
+            _step(kernel, layer)
+    assert replays == [True] * 4
+
+
 @contextmanager
 def _counted() -> Iterator[list[int]]:
     """The bytes that are allocated inside, after each allocation."""
@@ -355,7 +524,7 @@ def _counted() -> Iterator[list[int]]:
 
     def note(tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        held[id(storage)] = storage.nbytes()
+        held[id(storage)] = -(-storage.nbytes() // 512) * 512  # as on a GPU
         weakref.finalize(storage, held.pop, id(storage))
         found.append(sum(held.values()))
 

@@ -20,7 +20,7 @@ KINDS = ["dense", "trained", "adapters", "4 bit", "4 bit with adapters"]
 @pytest.fixture
 def replays(kernel, monkeypatch) -> list[bool]:
     """Of each call for which there is a record, whether it was replayed."""
-    record, found = importlib.import_module(f"{kernel.__name__}.kernels.replay").Record, []
+    record, found = importlib.import_module(f"{kernel.__name__}.kernels.record").Record, []
     replay = record.replay
 
     def noted(self, tensors):
