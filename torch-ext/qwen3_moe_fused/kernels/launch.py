@@ -21,7 +21,7 @@ _compiled: Dict[Tuple, Any] = {}
 
 
 class _Thread(threading.local):
-    recording = None  # notes this thread's launches, see ``replay``
+    recording = None  # notes this thread's launches, see ``record``
 
 
 thread = _Thread()
