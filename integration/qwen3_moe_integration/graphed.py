@@ -82,12 +82,14 @@ def enable_graphed_checkpointing(
         raise ValueError(f"model must be or contain a model of Transformers, got a {type(model).__name__}")
     checkpointed = GraphedCheckpoint(variants, tuple(keep), tuple(offload))
     base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=checkpointed)
-    leave_unmasked(base, checkpointed)
+    leave_unmasked(base)
     return model
 
 
 class GraphedCheckpoint:
     """What Transformers calls in place of ``torch.utils.checkpoint.checkpoint``."""
+
+    drops_empty_masks = True  # see ``unmasked``
 
     def __init__(self, variants: int, keep: tuple[str, ...], offload: tuple[str, ...]):
         self.variants, self.keep, self.offload = variants, keep, offload

@@ -6,7 +6,6 @@ row, so there is nothing to find. Here it is given an empty mask. Transformers p
 dimensions, which somebody else has prepared; and the checkpointing that calls the layers calls them with none.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Optional
 
@@ -20,13 +19,13 @@ _EMPTY = torch.empty(0, 0, 0, 0, dtype=torch.bool)
 _TELL_SEQUENCES_APART = "attention_mask", "position_ids", "past_key_values"
 
 
-def leave_unmasked(model: nn.Module, checkpointed: Callable) -> None:
+def leave_unmasked(model: nn.Module) -> None:
     """Has a Qwen3-MoE ask for nothing in calls without a mask, positions and a cache, while it trains with
-    ``checkpointed``, which calls the layers :func:`without_empty_mask`. They give what they gave before, as do all
-    others. Other models, attention other than "sdpa", and sliding windows are left alone."""
+    checkpointing that says ``drops_empty_masks``. They give what they gave before, as do all others. Other models,
+    attention other than "sdpa", and sliding windows are left alone."""
     for module in model.modules():
-        if isinstance(module, Qwen3MoeModel):
-            module.register_forward_pre_hook(partial(_give_empty_mask, checkpointed), with_kwargs=True)
+        if isinstance(module, Qwen3MoeModel) and _give_empty_mask not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_give_empty_mask, with_kwargs=True)
 
 
 def without_empty_mask(call: partial) -> partial:
@@ -36,15 +35,14 @@ def without_empty_mask(call: partial) -> partial:
     return partial(call.func, *call.args, **call.keywords | {"attention_mask": None}) if is_empty else call
 
 
-def _give_empty_mask(
-    checkpointed: Callable, model: Qwen3MoeModel, args: tuple, kwargs: dict[str, Any]
-) -> Optional[tuple[tuple, dict]]:
+def _give_empty_mask(model: Qwen3MoeModel, args: tuple, kwargs: dict[str, Any]) -> Optional[tuple[tuple, dict]]:
     told = len(args) > 1 or any(kwargs.get(name) is not None for name in _TELL_SEQUENCES_APART)
     plain = model.config._attn_implementation == "sdpa" and model.config.sliding_window is None
-    if told or not plain or not all(_is_called_by(checkpointed, layer) for layer in model.layers):
+    if told or not plain or not all(map(_drops_empty_masks, model.layers)):
         return None
     return args, kwargs | {"attention_mask": _EMPTY}
 
 
-def _is_called_by(checkpointed: Callable, layer: nn.Module) -> bool:
-    return layer.training and layer.gradient_checkpointing and layer._gradient_checkpointing_func is checkpointed
+def _drops_empty_masks(layer: nn.Module) -> bool:
+    checkpointed = layer.training and layer.gradient_checkpointing and layer._gradient_checkpointing_func
+    return getattr(checkpointed, "drops_empty_masks", False)

@@ -1,6 +1,8 @@
 """Calls without a mask ask for no values, and see what they saw; packed and padded rows are masked as ever."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -74,9 +76,12 @@ def test_it_asks_as_ever_where_layers_are_called_otherwise(twins, asks, change):
     assert asks(twins[0], input_ids=batch) and torch.equal(*(logits(each, input_ids=batch) for each in twins))
 
 
-def test_it_asks_nothing_once_graphs_are_enabled_again(twins, asks):
+def test_it_asks_nothing_once_graphs_are_enabled_again_and_lets_go_of_those_before(twins, asks):
+    before = weakref.ref(twins[0].model.layers[0]._gradient_checkpointing_func)
     enable_graphed_checkpointing(twins[0], keep=["attention"])
     assert not asks(twins[0], input_ids=tokens())
+    gc.collect()
+    assert before() is None, "whoever holds it holds the memory of its graphs"
 
 
 def test_packed_sequences_do_not_see_each_other(twins):
