@@ -122,49 +122,29 @@ def test_the_longest_sequence_is_the_longest_and_shrinks_as_a_step_takes_more(ch
     assert make_plan(made, replace(Step(), **change), memory).longest < plan.longest
 
 
-@pytest.mark.parametrize(
-    ("layers", "tokens", "measured"), [(8, 1024, 4.39), (8, 4096, 4.79), (8, 8192, 5.38), (48, 4096, 19.85)]
-)
-def test_the_peak_is_what_train_step_measured_on_an_h100(layers, tokens, measured):
-    plan = make_plan(model(**PUBLISHED | dict(num_hidden_layers=layers)), Step(tokens), 24 * GIB)
+@pytest.mark.parametrize(("tokens", "measured"), [(1024, 4.39), (4096, 4.72), (8192, 5.28)])
+def test_the_peak_is_what_train_step_measured_on_an_h200(tokens, measured):
+    plan = make_plan(model(**PUBLISHED | dict(num_hidden_layers=8)), Step(tokens), 24 * GIB)
     assert (plan.peak - plan.parts["CUDA context"]) / GIB == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize(
-    ("layers", "tokens", "rank", "keep", "reserved"),
+    ("layers", "tokens", "keep", "offload", "reserved"),
     [
-        (8, 1024, 16, (), 4.61),
-        (8, 4096, 16, (), 5.47),
-        (8, 8192, 16, (), 6.82),
-        (8, 4096, 16, ("attention",), 5.73),
-        (8, 8192, 16, ("attention",), 7.21),
-        (8, 1024, 16, KEEPABLE, 4.80),
-        (8, 4096, 16, KEEPABLE, 6.31),
-        (8, 8192, 16, KEEPABLE, 8.54),
-        (48, 4096, 16, (), 20.83),
-        (48, 4096, 16, ("attention",), 21.99),
-        (48, 8192, 8, (), 20.99),
+        (8, 1024, (), (), 4.61),
+        (8, 4096, (), (), 5.58),
+        (8, 8192, (), (), 6.64),
+        (8, 4096, ("attention",), (), 5.58),
+        (8, 1024, KEEPABLE, (), 4.79),
+        (8, 4096, KEEPABLE, ("experts",), 5.67),
+        (8, 8192, KEEPABLE, ("experts",), 7.28),
+        (48, 4096, KEEPABLE, ("experts",), 22.04),
     ],
 )
-def test_in_graphs_it_is_what_train_step_found_reserved_on_an_h100(layers, tokens, rank, keep, reserved):
-    step = Step(tokens, rank=rank, expert_rank=rank, graphs=True, keep=keep)
+def test_in_graphs_it_is_what_train_step_found_reserved_on_an_h200(layers, tokens, keep, offload, reserved):
+    step = Step(tokens, graphs=True, keep=keep, offload=offload)
     plan = make_plan(model(**PUBLISHED | dict(num_hidden_layers=layers)), step, 24 * GIB)
-    assert (plan.peak - plan.parts["CUDA context"]) / GIB == pytest.approx(reserved, rel=0.03)
-
-
-@pytest.mark.parametrize(
-    ("layers", "tokens", "rank", "offload", "reserved"),
-    [
-        (8, 4096, 16, ("experts",), 5.75),
-        (8, 8192, 16, ("experts",), 7.48),
-        (48, 4096, 16, ("experts",), 22.09),
-        (48, 8192, 8, KEEPABLE, 21.28),
-    ],
-)
-def test_with_offloading_it_is_what_train_step_found_reserved_on_an_h200(layers, tokens, rank, offload, reserved):
-    step = Step(tokens, rank=rank, expert_rank=rank, graphs=True, keep=KEEPABLE, offload=offload)
-    plan = make_plan(model(**PUBLISHED | dict(num_hidden_layers=layers)), step, 24 * GIB)
-    assert (plan.peak - plan.parts["CUDA context"]) / GIB == pytest.approx(reserved, rel=0.03)
+    assert (plan.peak - plan.parts["CUDA context"]) / GIB == pytest.approx(reserved, rel=0.04)
 
 
 @pytest.mark.parametrize("rank", [20, 0])
