@@ -547,3 +547,17 @@ def test_a_kernel_that_is_compiled_meanwhile_is_no_part_of_a_record(kernel, comp
     for _ in range(3):
         _call(kernel, "forward", arguments)
     assert replays == [] and len(compiler.launched) % 3 == 0
+
+
+@pytest.mark.parametrize("kind", ["adapters", "4 bit with adapters"])
+def test_backward_goes_by_the_strides_that_saved_tensors_come_back_with(kernel, compiler, replays, kind):
+    """``torch.autograd.graph.save_on_cpu`` gives them back contiguous."""
+    layer = _layer(kernel, kind)
+    _change_adapters(layer, lambda A, B, *rest: (A, torch.empty(*B.shape[1:], E).permute(2, 0, 1), *rest))
+    kept = [projection.leaves() for projection in layer.projections]
+    assert not any(B.is_contiguous() for _, _, B in kept)
+    for came_back in (kept, [(weight, A, B.contiguous()) for weight, A, B in kept]):
+        projections = [p.without_leaves().with_leaves(*leaves) for p, leaves in zip(layer.projections, came_back)]
+        wanted = [p.of(p.weight, p.lora).form for p in projections]
+        assert [p.form for p in projections] == wanted
+    assert all(form != p.form for form, p in zip(wanted, layer.projections))

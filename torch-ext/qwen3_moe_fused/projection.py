@@ -105,12 +105,14 @@ class Projection(NamedTuple):
 
     def without_leaves(self) -> "Projection":
         """The rest, for ``with_leaves`` to make whole again."""
-        return self.with_leaves(None, None, None)
+        weight = FourBitWeight(None, *self.weight[1:]) if self.four_bit else None
+        return Projection(weight, self.lora and Lora(None, None, *self.lora[2:]))
 
     def with_leaves(self, weight: Optional[Tensor], A: Optional[Tensor], B: Optional[Tensor]) -> "Projection":
+        """The form is found anew: whoever keeps saved tensors elsewhere may give them back with other strides."""
         if self.four_bit:
             weight = FourBitWeight(weight, *self.weight[1:])
-        return Projection(weight, self.lora and Lora(A, B, *self.lora[2:]), self.form)
+        return Projection.of(weight, self.lora and Lora(A, B, *self.lora[2:]))
 
     def flatten(self) -> Tuple:
         """Tensor, five statistics, six numbers (none if dense), A, B, scaling, dropout: what an op takes."""
