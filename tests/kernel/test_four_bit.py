@@ -192,3 +192,14 @@ def test_4_bit_experts_stored_transposed_keep_their_own_forward(kernel):
     module.gate_up_proj = Quantization().quantize(module.gate_up_proj.detach())
     module.is_transposed = True
     assert kernel.unsupported_reason(module) == "its gate_up_proj is in 4 bit and stored transposed"
+
+
+def test_a_shape_may_be_a_list(kernel):
+    """As it is when it comes from a file."""
+    inputs = Problem(H=64, I=32).draw("cpu", torch.float32)
+    weights = [kernel.four_bit_weight(Quantization().quantize(w)) for w in (inputs.gate_up_proj, inputs.down_proj)]
+    want, got = (
+        kernel.fused_experts(inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights, *stacks)
+        for stacks in (weights, [weight._replace(shape=[*weight.shape]) for weight in weights])
+    )
+    assert torch.equal(want, got)

@@ -1,6 +1,7 @@
 """Replayed calls: they launch what the code would, and all that the code decides by makes a call of another form."""
 
 import importlib
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -561,3 +562,56 @@ def test_backward_goes_by_the_strides_that_saved_tensors_come_back_with(kernel, 
         wanted = [p.of(p.weight, p.lora).form for p in projections]
         assert [p.form for p in projections] == wanted
     assert all(form != p.form for form, p in zip(wanted, layer.projections))
+
+
+def test_saved_tensors_that_come_back_in_another_dtype_are_left_to_the_code(kernel, compiler, replays):
+    """From a hook that keeps them smaller, as it may in some layers and not in others."""
+    layer = _layer(kernel, "dense")
+    layer.step()
+    _, *saved = layer.forward()
+    smaller = [x.to(torch.float8_e5m2) if x is not None and x.dtype == BF16 else x for x in saved]
+    for came_back in (saved, saved, saved, smaller):
+        _call(kernel, "backward", layer.backward_arguments(tuple(came_back)))
+    assert replays == [True]
+
+
+def test_numbers_that_cannot_be_hashed_are_left_to_the_code(kernel, compiler, replays):
+    layer = _layer(kernel, "4 bit")
+    layer.projections = [p.of(p.weight._replace(shape=[*p.weight.shape]), None) for p in layer.projections]
+    for _ in range(3):
+        _step(kernel, layer)
+    assert replays == [] and compiler.launched
+
+
+def test_one_thread_records_at_a_time(kernel, compiler, replays):
+    """PyTorch's note that a dispatch mode is on would stay, where two of them are entered and left in turns."""
+    replay, noted = module(kernel, "replay"), []
+    launcher, kernels = module(kernel, "launch"), module(kernel, "combine")
+
+    def function(meanwhile: Callable, x: torch.Tensor) -> tuple:
+        launcher.launch(kernels._combine_kernel, (1,), 4, 1, (x, x, x, x), (), 8, 1, E, *[1] * 5)
+        meanwhile()
+        noted.append(launcher.thread.recording is not None)
+        return (x,)
+
+    def other() -> None:
+        replay.replayed(function, idle, y)
+
+    def idle() -> None:
+        pass
+
+    def other_thread() -> None:
+        if len(noted) == 3:  # both have been called once
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    x, y = torch.empty(8), torch.empty(9)
+    replay.replayed(function, other_thread, x)
+    other()
+    noted.append(None)
+    replay.replayed(function, other_thread, x)
+    assert noted == [False, False, None, False, True], "the other thread's call was not recorded"
+    for _ in range(2):
+        other()
+    assert noted[-1] is True and replays == [True], "but the one after it"

@@ -120,15 +120,13 @@ _checked = ByForm()
 
 def _once(form: Optional[Tuple], check: Callable[..., None], *arguments: Any) -> None:
     """``check(*arguments)``, unless arguments of the same form have passed it."""
-    if form is None:
-        check(*arguments)
-        return
     try:
-        known = form in _checked
-    except TypeError:  # cannot be hashed: a mistake that the check will name
-        known = False
-    if not known:
-        check(*arguments)
+        if form is not None and form in _checked:
+            return
+    except TypeError:  # cannot be hashed, as a list cannot: the check says whether that is a mistake
+        form = None
+    check(*arguments)
+    if form is not None:
         _checked.keep(form, True)
 
 

@@ -1,7 +1,7 @@
 """How the ops behave on a CUDA device: reruns, streams, no host waits, CUDA graphs, memory."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -84,10 +84,19 @@ def test_a_captured_forward_replays_with_new_inputs_and_new_routing(kernel, toke
             assert torch.equal(out, kernel.fused_experts(*fresh[:-1]))
 
 
-@pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
-def test_a_captured_training_step_replays_with_new_inputs_and_new_routing(kernel, monkeypatch, halves):
-    if halves:
-        monkeypatch.setattr(importlib.import_module(f"{kernel.__name__}.regime"), "WINDOW", 0)
+@pytest.fixture(params=[False, True], ids=["whole", "halves"])
+def second_product(kernel, monkeypatch, request) -> Iterator[None]:
+    """Whole or in halves. No call of another test is replayed, and none of this one's in others."""
+    regime, form = (importlib.import_module(f"{kernel.__name__}.{name}") for name in ("regime", "form"))
+    if request.param:
+        monkeypatch.setattr(regime, "WINDOW", 0)
+    form.forget()
+    yield
+    form.forget()
+
+
+@pytest.mark.usefixtures("second_product")
+def test_a_captured_training_step_replays_with_new_inputs_and_new_routing(kernel):
     inputs = REAL.draw("cuda", BF16)
     arguments = _leaves(inputs)
     graph, results = _capture(lambda: _step(kernel, arguments, inputs.grad_output))

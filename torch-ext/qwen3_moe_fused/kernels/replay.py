@@ -5,6 +5,7 @@ that out takes the host longer than a small batch takes the GPU. So the second c
 compile), and the calls after it repeat what it did, with addresses of their own, and decide nothing.
 """
 
+import threading
 from typing import Any, Callable, List, Optional, Tuple
 
 import torch
@@ -18,6 +19,10 @@ Tensor = torch.Tensor
 _records = ByForm()
 """A call's record: None after the first call, one without launches if it cannot be replayed."""
 
+_one_at_a_time = threading.Lock()
+"""Held by the thread that records. PyTorch keeps in one global whether a dispatch mode is on: where two threads enter
+theirs and leave in turns it stays set, and torch.compile may compile nothing any more."""
+
 
 def replayed(function: Callable[..., Tuple], *arguments: Any) -> Tuple:
     """``function(*arguments)``, which launches kernels on the current device and returns a tuple of tensors and None.
@@ -27,23 +32,31 @@ def replayed(function: Callable[..., Tuple], *arguments: Any) -> Tuple:
     tensors, form = _form(function, arguments)
     if form is None:
         return function(*arguments)
-    record = _records.get(form, False)
+    try:
+        record = _records.get(form, False)
+    except TypeError:  # cannot be hashed
+        return function(*arguments)
     if record:
         results = record.launches and record.replay(tensors)
         return results or function(*arguments)
-    if record is None:
-        with Recording(tensors) as recording:
-            results = function(*arguments)
+    if record is None and _one_at_a_time.acquire(blocking=False):
+        try:
+            with Recording(tensors) as recording:
+                results = function(*arguments)
+        finally:
+            _one_at_a_time.release()
         _records[form] = recording.record(results)
-    else:
-        results = function(*arguments)
+        return results
+    results = function(*arguments)
+    if record is False:
         _records.keep(form, None)
     return results
 
 
 def _form(function: Callable, arguments: Tuple) -> Tuple[List[Tensor], Optional[Tuple]]:
     """The tensors among ``arguments``, and the form of them all, None if one has none. Of tensors in a tuple only which
-    are there: forward has saved them for backward, and their forms follow from the others'."""
+    are there and their dtypes: forward has saved them for backward, so their sizes follow from the others'. A hook that
+    keeps saved tensors smaller may give back another dtype."""
     tensors, flat = [], [function]
     for value in arguments:
         if type(value) is Projection:
@@ -53,7 +66,7 @@ def _form(function: Callable, arguments: Tuple) -> Tuple[List[Tensor], Optional[
             flat.append(value.form)
         elif isinstance(value, tuple):
             tensors += [x for x in value if isinstance(x, Tensor)]
-            flat += [isinstance(x, Tensor) or x for x in value]
+            flat += [x.dtype if isinstance(x, Tensor) else x for x in value]
         else:
             if isinstance(value, Tensor):
                 tensors.append(value)
