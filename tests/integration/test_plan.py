@@ -144,7 +144,7 @@ def test_the_peak_is_what_train_step_measured_on_an_h200(tokens, measured):
 def test_in_graphs_it_is_what_train_step_found_reserved_on_an_h200(layers, tokens, keep, offload, reserved):
     step = Step(tokens, graphs=True, keep=keep, offload=offload)
     plan = make_plan(model(**PUBLISHED | dict(num_hidden_layers=layers)), step, 24 * GIB)
-    assert (plan.peak - plan.parts["CUDA context"]) / GIB == pytest.approx(reserved, rel=0.04)
+    assert (plan.peak - plan.parts["CUDA context"]) / GIB == pytest.approx(reserved, rel=0.03)
 
 
 @pytest.mark.parametrize("rank", [20, 0])

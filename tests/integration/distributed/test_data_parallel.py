@@ -1,4 +1,5 @@
-"""Data parallelism (DDP): two ranks with half a batch each train as one process does with the whole batch."""
+"""Data parallelism (DDP): two ranks with half a batch each train as one process does with one half after the other,
+which rounds alike: products of another height would not."""
 
 from contextlib import nullcontext
 
@@ -31,9 +32,10 @@ def train(source, checkpoint, kind: str, checkpointing: bool, micro_batches: int
                 batch, share = training.batch_and_share(2, SHORT, device)
                 with nullcontext() if last else parallel.no_sync():
                     (training.loss(parallel, share) / micro_batches).backward()
-                (training.loss(alone, batch) / micro_batches).backward()
+                for each in training.shares(batch):
+                    (training.loss(alone, each) / 2 / micro_batches).backward()
         if counted:
-            assert calls.backward == 2 * 2 * micro_batches
+            assert calls.backward == 2 * 3 * micro_batches
         training.assert_all_close(gradients(alone), gradients(model))
 
 
@@ -41,7 +43,7 @@ def train(source, checkpoint, kind: str, checkpointing: bool, micro_batches: int
 @pytest.mark.parametrize(
     ("checkpointing", "micro_batches"), [(False, 1), (False, 2), (True, 2)], ids=["plain", "no_sync", "checkpointing"]
 )
-def test_gradients_are_those_of_one_process_on_the_joined_batch(
+def test_gradients_are_those_of_one_process_on_both_halves(
     on_two_ranks, source, checkpoint, kind, checkpointing, micro_batches
 ):
     on_two_ranks(train, source, checkpoint, kind, checkpointing, micro_batches)

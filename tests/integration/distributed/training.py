@@ -10,7 +10,7 @@ from torch import distributed, nn
 
 from qwen3_moe_integration import MoeBitsAndBytesConfig, kernelize_model, register
 from tests.integration import lora, quantized
-from tests.integration.models import GPU_RATIO, QWEN3, tokens
+from tests.integration.models import GPU_RATIO, QWEN3, RATIO, tokens
 from tests.kernel.oracle import assert_close
 
 Tensor = torch.Tensor
@@ -18,9 +18,6 @@ Tensor = torch.Tensor
 ATTENTION = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
 KINDS = ("dense", "attention", "experts", "4 bit")
 """Trained: all weights; adapters of attention; adapters of attention and of every expert, over weights in 4 bit too."""
-RATIO = 3e-5
-"""In fp32. Two ranks round their sums otherwise than one; gradients of attention's factors, which are small differences
-of large numbers, were found 1.03e-5 apart."""
 FOUR_BIT = MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=torch.bfloat16)
 
 
@@ -50,7 +47,12 @@ def with_checkpointing(model: nn.Module) -> nn.Module:
 def batch_and_share(rows: int = 2, length: int = 5, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """A batch, the same on all ranks, and this rank's rows of it."""
     batch = tokens(rows, length, device)
-    return batch, batch.chunk(distributed.get_world_size())[distributed.get_rank()]
+    return batch, shares(batch)[distributed.get_rank()]
+
+
+def shares(batch: Tensor) -> tuple[Tensor, ...]:
+    """All ranks' rows of it."""
+    return batch.chunk(distributed.get_world_size())
 
 
 def loss(model: nn.Module, input_ids: Tensor) -> Tensor:
