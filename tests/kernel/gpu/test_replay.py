@@ -17,22 +17,6 @@ PROBLEM = Problem(T=40, k=2, E=8, H=256, I=384)
 KINDS = ["dense", "trained", "adapters", "4 bit", "4 bit with adapters"]
 
 
-@pytest.fixture
-def replays(kernel, monkeypatch) -> list[bool]:
-    """Of each call for which there is a record, whether it was replayed."""
-    record, found = importlib.import_module(f"{kernel.__name__}.kernels.record").Record, []
-    replay = record.replay
-
-    def noted(self, tensors):
-        results = replay(self, tensors)
-        found.append(results is not None)
-        return results
-
-    monkeypatch.setattr(record, "replay", noted)
-    _forget(kernel)
-    return found
-
-
 def _forget(kernel) -> None:
     importlib.import_module(f"{kernel.__name__}.form").forget()
 
