@@ -4,12 +4,14 @@
 
 train_step.py times a step alone; here Transformers' Trainer and TRL's SFTTrainer are around it, with their logging,
 clipping and loading of data. A checkpoint in bf16 with random weights, 1.3 GB a layer, is made in --checkpoints first,
-and stays there. Each script runs in a process of its own, and its table is what is written: trainer.json, trainer.md.
+and stays there. Each script runs in a process of its own, and its table is what is written: to trainer-8-layers.json
+and .md, say.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -84,6 +86,7 @@ def train(options: argparse.Namespace, model: Path, output: Path, trainer: str) 
         "what": f"finetune.py --trainer {trainer}",
         "tokens_per_second": number(table, "tokens a second, median"),
         "peak_mib": number(table, "peak"),
+        "reserved_mib": number(table, "reserved") if torch.cuda.is_available() else None,
         "loss_before": number(table, "loss before"),
         "loss_after": number(table, "loss after"),
     }
@@ -121,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         for trainer in options.trainers:
             record(result, options.out, train(options, model, Path(folder) / trainer, trainer))
         adapter = Path(folder) / options.trainers[0] / "model"
-        for chosen, compiled in ((None, False), (adapter, False), (adapter, True)):
+        for chosen, compiled in itertools.product((None, adapter), (False, True)):
             record(result, options.out, generate(options, model, chosen, compiled))
 
 
@@ -129,12 +132,19 @@ def record(result: dict, folder: Path, run: dict) -> None:
     """Adds a run and writes all there are: what is measured is kept, whatever comes after."""
     result["runs"].append(run)
     print(json.dumps(run), flush=True)
-    write_whole(folder / "trainer.json", json.dumps(result, indent=1) + "\n")
+    name = f"trainer-{result['layers']}-layers"
+    write_whole(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
     lines = [f"# {result['layers']} layers, sequences of {result['seq_len']} tokens", "", f"`{result['command']}`", ""]
     lines += [f"{result['environment']['device']}, torch {result['environment']['torch']}", ""]
-    lines += ["| | tokens a second | peak GiB |", "|---|---:|---:|"]
-    lines += [f"| {r['what']} | {r['tokens_per_second']:.0f} | {r['peak_mib'] / 1024:.2f} |" for r in result["runs"]]
-    write_whole(folder / "trainer.md", "\n".join(lines) + "\n")
+    lines += ["| | tokens a second | peak GiB | reserved GiB |", "|---|---:|---:|---:|"]
+    for run in result["runs"]:
+        memory = " | ".join(_gib(run.get(name)) for name in ("peak_mib", "reserved_mib"))
+        lines.append(f"| {run['what']} | {run['tokens_per_second']:.0f} | {memory} |")
+    write_whole(folder / f"{name}.md", "\n".join(lines) + "\n")
+
+
+def _gib(mib: float | None) -> str:
+    return "" if mib is None else f"{mib / 1024:.2f}"
 
 
 if __name__ == "__main__":

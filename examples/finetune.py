@@ -26,7 +26,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from documents import pack, read_texts
 from kernelized import DEVICE, load_model
-from memory import apply_liger_layers, collate_for_liger, host_has, plan_for, training_arguments
+from memory import apply_liger_layers, cap, collate_for_liger, host_has, plan_for, training_arguments
 from peft import LoraConfig, get_peft_model
 from plots import Clock, plot_losses, plot_throughput
 from tiny_checkpoint import small_model
@@ -289,6 +289,8 @@ def train(options: argparse.Namespace) -> Trainer:
     """Trains, saves, and prints what came of it."""
     plan, checkpoint = check(options), checkpoint_to_resume(options)
     processes = PartialState(cpu=not ON_GPU)
+    if ON_GPU and options.gpu_memory:
+        cap(options.gpu_memory)
     if not options.model:
         with processes.main_process_first():
             small_model(options.output)
@@ -334,11 +336,13 @@ def report(trainer: Trainer, output: Path, clock: Clock, after: float, seconds: 
     plot_throughput(clock.points, output / "throughput.png")
     rates = [rate for _, rate in clock.points]
     peak = torch.cuda.max_memory_allocated() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    reserved = [("reserved for that", f"{torch.cuda.max_memory_reserved() / 2**20:.0f} MiB")] if ON_GPU else []
     rows = [
         ("loss before, held-out text", f"{before:.4f}"),
         ("loss after, held-out text", f"{after:.4f}"),
         ("tokens a second, median", f"{median(rates):.0f}" if rates else "no step"),
         (f"peak {'GPU' if ON_GPU else 'process'} memory", f"{peak / 2**20:.0f} MiB"),
+        *reserved,
         ("seconds, with evaluation", f"{seconds:.1f}"),
         ("model", str(output / "model")),
         ("loss curve", str(output / "loss.png")),

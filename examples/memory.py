@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator
 
 from qwen3_moe_integration.kept import KEEPABLE
 from qwen3_moe_integration.plan import Plan, Step, make_plan
+from qwen3_moe_integration.plan.memory import CONTEXT
 
 GIB = 2**30
 LIGER = DEVICE == "cuda" and importlib.util.find_spec("liger_kernel") is not None
@@ -53,6 +54,12 @@ def plan_for(options: argparse.Namespace) -> Plan:
                 keeps = make_plan(model, replace(step, keep=(*plan.step.keep, name), offload=offload), memory)
                 plan = keeps if keeps.peak * (1 + OFF_BY) <= memory and host_has(keeps.host) else plan
     return plan
+
+
+def cap(memory: float) -> None:
+    """Has this process run out of memory where it would on a card with ``memory`` GiB, if this one has more."""
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, memory * GIB - CONTEXT) / total))
 
 
 def host_has(size: float) -> bool:

@@ -89,3 +89,15 @@ def test_the_trainer_asks_no_step_for_its_values(finetune, kernel_dir, tmp_path,
     trainer.train()
     assert len(steps) == 6 and (not graphs or recordings(model) == 2)  # after each step, and at the end
     assert set(files[steps[1] : steps[4]]) == (set() if graphs else {"masking_utils.py"})
+
+
+@pytest.mark.gpu
+def test_a_run_gets_no_more_of_the_gpu_than_it_may(finetune):
+    """2 GiB, 0.6 of which a context takes."""
+    try:
+        finetune.cap(2)
+        torch.empty(2**30, dtype=torch.uint8, device="cuda")
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(3 * 2**29, dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
