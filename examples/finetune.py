@@ -18,6 +18,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -180,6 +181,8 @@ def with_adapter(model: torch.nn.Module, options: argparse.Namespace) -> torch.n
         )
     # For a model of yours adapters have its dtype, bf16 on a GPU; PEFT would make them fp32.
     model = get_peft_model(model, lora, autocast_adapter_dtype=not options.model)
+    # The Trainer loads the best adapter at the end, on a GPU that need not have room for another one by then.
+    model.load_adapter = partial(model.load_adapter, torch_device="cpu")
     return enable_fused_linear_lora(model) if options.bits == 4 else model
 
 

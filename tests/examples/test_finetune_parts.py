@@ -70,6 +70,21 @@ def test_adapters_of_a_model_of_yours_have_its_dtype(finetune, of_yours, dtype):
     assert any("experts" in name for name in trained)
 
 
+def test_an_adapter_is_loaded_by_way_of_the_host(finetune, tmp_path, monkeypatch):
+    """Of Qwen3-30B-A3B it is 1.2 GiB, which a GPU of 24 has not left after a step. PEFT would take the GPU's."""
+    model = finetune.with_adapter(QWEN3.build(), finetune.parse(["--bits", "16", "--rank", "2"]))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter)
+    saved = {name: parameter.clone() for name, parameter in trained.items()}
+    model.save_pretrained(tmp_path)
+    for parameter in trained.values():
+        torch.nn.init.zeros_(parameter)
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: "a GPU without room")
+    model.load_adapter(str(tmp_path), "default")  # as the Trainer does
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in trained.items())
+
+
 @pytest.mark.parametrize("graphs", [False, True])
 def test_the_trainer_asks_no_step_for_its_values(finetune, kernel_dir, tmp_path, monkeypatch, graphs):
     """On a GPU each answer has to be waited for. Between two entries of the log there is no need. Without graphs
