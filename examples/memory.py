@@ -28,7 +28,8 @@ def plan_for(options: argparse.Namespace) -> Plan:
     """What a step of LoRA takes, from the model's config alone, beside what the card has.
 
     Graphs keep what is sure to fit, attention before experts, unless ``options`` say what they do. Experts that do not
-    fit are offloaded, if they do then, and the host has memory for them.
+    fit are offloaded, if they do then, and the host has memory for them. What is offloaded has as many places as are
+    sure to fit.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model), dtype=torch.bfloat16)
@@ -53,7 +54,13 @@ def plan_for(options: argparse.Namespace) -> Plan:
             if name not in plan.step.keep:
                 keeps = make_plan(model, replace(step, keep=(*plan.step.keep, name), offload=offload), memory)
                 plan = keeps if keeps.peak * (1 + OFF_BY) <= memory and host_has(keeps.host) else plan
-    return plan
+    if not plan.step.offload:
+        return plan
+    layers = model.config.get_text_config().num_hidden_layers
+    more = int((memory / (1 + OFF_BY) - plan.peak) / (plan.host / layers))
+    places = max(plan.step.places, min(plan.step.places + more, layers))
+    # For the longest sequence that fits there would be but two.
+    return replace(make_plan(model, replace(plan.step, places=places), memory), longest=plan.longest)
 
 
 def cap(memory: float) -> None:

@@ -65,8 +65,8 @@ def enable_graphed_checkpointing(
               KiB for Qwen3-30B-A3B with adapters of rank 16.
         offload: what of ``keep`` waits for backward in host memory, which is pinned, and is copied there and back while
             other layers compute. For each form of call it takes the GPU's memory for ``places`` layers, not for all.
-        places: of how many layers the GPU has what is offloaded, 2 at least. Each further one saves the time of about
-            one layer's copy in a step whose copies take longer than its layers.
+        places: of how many layers the GPU has what is offloaded, 2 at least. Where copies take longer than layers, each
+            further one spares about the time of one copy, until none is waited for.
 
     Returns:
         ``model``, changed in place.
