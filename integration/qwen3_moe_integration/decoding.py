@@ -12,7 +12,6 @@ from typing import Optional
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from torch.nn.functional import linear
 
 Tensor = torch.Tensor
 
@@ -29,19 +28,22 @@ def can_decode(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def product(layer: Linear4bit, x: Tensor, kernel: Optional[ModuleType]) -> tuple[Tensor, Decode]:
-    """``layer(x)`` to the last bit, and what decodes the weight of this call again.
+def product(layer: Linear4bit, x: Tensor, kernel: Optional[ModuleType], out: Optional[Tensor] = None) -> Tensor:
+    """``layer(x)`` to the last bit.
 
     Args:
         layer: neither its weight nor its bias is trained.
         x: (T, in), in the dtype that the layer computes in.
         kernel: what decodes; bitsandbytes if None.
+        out: where to write it; new memory if None.
     """
     if kernel is None or not _only_decodes(layer, x):
-        return layer(x), _decoder(layer, kernel)
-    decode = _decoder(layer, kernel)
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return linear(x, decode(x.dtype), bias), decode
+        made = layer(x)
+        return made if out is None else out.copy_(made)
+    weight = decoder(layer, kernel)(x.dtype).t()
+    if layer.bias is None:
+        return torch.mm(x, weight, out=out)
+    return torch.addmm(layer.bias.to(x.dtype), x, weight, out=out)
 
 
 def _only_decodes(layer: Linear4bit, x: Tensor) -> bool:
@@ -58,10 +60,15 @@ def is_decoded_whole(rows: int, out_features: int, in_features: int) -> bool:
     return rows > (ROWS_OF_SMALL if small else ROWS)
 
 
-def _decoder(layer: Linear4bit, kernel: Optional[ModuleType]) -> Decode:
-    """For the bytes of now: bitsandbytes may give the layer others for inference."""
-    weight, state = layer.weight, layer.weight.quant_state
+def decoder(layer: Linear4bit, kernel: Optional[ModuleType]) -> Decode:
+    """What decodes the weight of a layer that was called before: the bytes of now, since bitsandbytes may give the
+    layer others for inference."""
+    packed, state = layer.weight.data, layer.weight.quant_state
     if kernel is None:
-        return partial(dequantize_4bit, weight.data, state)
-    packed = kernel.four_bit_weight(weight, state)._replace(shape=(1, *state.shape))
-    return lambda dtype=None: kernel.dequantize(packed, dtype)[0]
+        return partial(dequantize_4bit, packed, state)
+
+    def decode(dtype: Optional[torch.dtype] = None) -> Tensor:
+        weight = kernel.four_bit_weight(packed, state)._replace(shape=(1, *state.shape))
+        return kernel.dequantize(weight, dtype)[0]
+
+    return decode

@@ -15,10 +15,12 @@ from torch import nn
 
 from .kept_attention import KeptAttention
 from .kept_experts import Experts, KeptExperts, kernel_with_experts
+from .kept_projections import KeptProjections, keeps_projections
 
 Tensor = torch.Tensor
 
-KEEPABLE = ("attention", "experts")
+KEEPABLE = ("attention", "experts", "projections")
+"""What saves most time for its memory comes first."""
 
 
 class Part(Protocol):
@@ -53,6 +55,8 @@ class Kept:
         if kernel is not None:
             keeps = "experts" in names and hasattr(kernel, "keeping")
             parts["experts"] = (KeptExperts if keeps else Experts)(kernel)
+        if "projections" in names and keeps_projections(layer):
+            parts["projections"] = KeptProjections()
         self._parts = list(parts.values())
         self._offloaded = [part for name, part in parts.items() if name in offload]
 

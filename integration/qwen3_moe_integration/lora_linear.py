@@ -12,6 +12,9 @@ who decodes it.
 """
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple, Optional
 
@@ -21,7 +24,7 @@ from peft.tuners.lora import bnb as peft_bnb
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .decoding import can_decode, product
+from .decoding import can_decode, decoder, product
 from .experts import kernel_in
 
 LOCAL = (Tensor, nn.Parameter, bitsandbytes.nn.Params4bit)
@@ -130,6 +133,26 @@ def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+Products = tuple[Tensor, Tensor]
+"""Of a call: the result (T, out), and x A^T (T, r)."""
+
+Source = Callable[[tuple, Callable[..., Products]], Products]
+"""``source(form, compute)`` gives a call's products. Calls differ in ``form`` if their layers or sizes do;
+``compute(place)`` computes them, in the memory of ``place`` if there is one."""
+
+_source: ContextVar[Source] = ContextVar("source", default=lambda form, compute: compute())
+
+
+@contextmanager
+def products_from(source: Source) -> Iterator[None]:
+    """Inside, on this thread, what linear layers compute with their adapters comes from ``source``."""
+    before = _source.set(source)
+    try:
+        yield
+    finally:
+        _source.reset(before)
+
+
 class _AddLora(torch.autograd.Function):
     """x (T, in), A (r, in) and B (out, r) of one dtype, the layer without its adapter, scaling, kernel: (T, out)."""
 
@@ -137,11 +160,14 @@ class _AddLora(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, scaling: float, kernel: Optional[ModuleType]
     ) -> Tensor:
-        out, decode = product(base, x, kernel)
-        low = x @ A.t()
-        out.addmm_(low, B.t(), alpha=scaling)
+        def compute(place: Optional[Products] = None) -> Products:
+            out, low = place or (None, None)
+            out, low = product(base, x, kernel, out), torch.mm(x, A.t(), out=low)
+            return out.addmm_(low, B.t(), alpha=scaling), low
+
+        out, low = _source.get()((base, x.shape, x.dtype, A.shape), compute)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, low, A, B)
-        ctx.decode, ctx.scaling = decode, scaling
+        ctx.decode, ctx.scaling = decoder(base, kernel), scaling
         return out
 
     @staticmethod

@@ -15,7 +15,6 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen3_moe_integration import expert_lora_config, kernelize_model
 from qwen3_moe_integration.__main__ import main
-from qwen3_moe_integration.kept import KEEPABLE
 from qwen3_moe_integration.plan import Step, command, make_plan
 from qwen3_moe_integration.plan import memory as plan_memory
 from qwen3_moe_integration.plan.memory import (
@@ -39,6 +38,7 @@ PUBLISHED = dict(
     head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
 )  # fmt: skip
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+BOTH = ("attention", "experts")
 MIB = 2**20
 
 
@@ -111,8 +111,8 @@ def test_a_4_bit_30b_leaves_room_on_a_24_gib_card_and_a_16_bit_one_does_not():
 @pytest.mark.parametrize(
     "change", [dict(expert_rank=64), dict(optimizer_bits=32), dict(checkpointing=False), dict(chunked_loss=False),
                dict(batch_size=4), dict(liger=False), dict(graphs=True),
-               dict(graphs=True, keep=("attention", "experts")),
-               dict(graphs=True, keep=("attention", "experts"), offload=("experts",))],
+               dict(graphs=True, keep=BOTH), dict(graphs=True, keep=BOTH, offload=("experts",)),
+               dict(graphs=True, keep=("projections",))],
 )  # fmt: skip
 def test_the_longest_sequence_is_the_longest_and_shrinks_as_a_step_takes_more(change):
     made, memory = model(**PUBLISHED), 5 * GIB
@@ -135,10 +135,10 @@ def test_the_peak_is_what_train_step_measured_on_an_h200(tokens, measured):
         (8, 4096, (), (), 5.58),
         (8, 8192, (), (), 6.64),
         (8, 4096, ("attention",), (), 5.58),
-        (8, 1024, KEEPABLE, (), 4.79),
-        (8, 4096, KEEPABLE, ("experts",), 5.67),
-        (8, 8192, KEEPABLE, ("experts",), 7.28),
-        (48, 4096, KEEPABLE, ("experts",), 22.04),
+        (8, 1024, BOTH, (), 4.79),
+        (8, 4096, BOTH, ("experts",), 5.67),
+        (8, 8192, BOTH, ("experts",), 7.28),
+        (48, 4096, BOTH, ("experts",), 22.04),
     ],
 )
 def test_in_graphs_it_is_what_train_step_found_reserved_on_an_h200(layers, tokens, keep, offload, reserved):
@@ -241,7 +241,7 @@ def test_graphs_keep_a_layer_s_turn_beside_the_loss():
         assert graphs.parts["activations"] >= plain.parts["activations"]
 
 
-@pytest.mark.parametrize("keep", [("attention",), ("experts",), ("attention", "experts")])
+@pytest.mark.parametrize("keep", [("attention",), ("experts",), BOTH])
 def test_what_graphs_keep_is_counted_for_each_layer_and_not_in_the_graphs(keep):
     made, step = model(**PUBLISHED), Step(4096, rank=4, expert_rank=16, graphs=True)
     without, keeps = (make_plan(made, replace(step, keep=each), GIB) for each in ((), keep))
@@ -252,10 +252,28 @@ def test_what_graphs_keep_is_counted_for_each_layer_and_not_in_the_graphs(keep):
     assert keeps.peak - without.peak == (4 - 1) * sum(a_layer[name] for name in keep)
 
 
+@pytest.mark.parametrize("liger", [True, False])
+@pytest.mark.parametrize("others", [(), BOTH])
+def test_of_kept_projections_the_graphs_lack_what_backward_reads(others, liger):
+    made, step = model(**PUBLISHED), Step(4096, rank=4, graphs=True, liger=liger)
+    without, keeps = (make_plan(made, replace(step, keep=each), GIB) for each in (others, (*others, "projections")))
+    a_layer = 4096 * 2 * (32 * 128 + 2 * 4 * 128 + 2048 + 4 * 4)
+    assert keeps.parts["kept projections"] == 4 * a_layer
+    values, normed = 4096 * 2 * 4 * 128, 4096 * 2 * (32 * 128 + 4 * 128)  # in fp32, norms keep a copy
+    assert without.parts["activations"] - keeps.parts["activations"] == values + (normed if liger else 0)
+
+
+@pytest.mark.parametrize("change", [dict(rank=0), dict(bits=16)])
+def test_projections_are_kept_in_4_bit_with_adapters_alone(change):
+    made, step = model(**PUBLISHED), replace(Step(4096, graphs=True), **change)
+    without, keeps = (make_plan(made, replace(step, keep=each), GIB) for each in ((), ("projections",)))
+    assert keeps.peak == without.peak and keeps.parts["kept projections"] == 0
+
+
 @pytest.mark.parametrize("places", [2, 3, 7])
-@pytest.mark.parametrize("offload", [("attention",), ("experts",), ("attention", "experts")])
+@pytest.mark.parametrize("offload", [("attention",), ("experts",), BOTH, ("projections",)])
 def test_of_what_is_offloaded_layers_with_a_place_have_the_gpu_s_memory_and_all_the_host_s(offload, places):
-    step = Step(4096, graphs=True, keep=("attention", "experts"), places=places)
+    step = Step(4096, graphs=True, keep=(*BOTH, "projections"), places=places)
     for layers in (1, 2, 3, 8):
         made = model(**PUBLISHED | dict(num_hidden_layers=layers))
         kept, offloads = (make_plan(made, replace(step, offload=each), GIB) for each in ((), offload))
@@ -271,7 +289,7 @@ def test_of_what_is_offloaded_layers_with_a_place_have_the_gpu_s_memory_and_all_
         (Step(seq_len=0), "seq_len must be at least 1, got 0"),
         (Step(batch_size=0), "batch_size must be at least 1, got 0"),
         (Step(keep=("experts",)), "keep is for layers in CUDA graphs"),
-        (Step(keep=("routers",), graphs=True), r"keep must hold names among attention, experts, got \('routers',\)"),
+        (Step(keep=("routers",), graphs=True), r"among attention, experts, projections, got \('routers',\)"),
         (Step(keep=("attention",), offload=("experts",), graphs=True), r"among those of keep, \('attention',\), got"),
         (Step(places=1), "places must be at least 2, got 1"),
         (Step(expert_rank=-1), "expert_rank must not be negative"),
@@ -310,12 +328,11 @@ CHANGES = {
     "--no-chunked-loss": dict(chunked_loss=False),
     "--no-liger": dict(liger=False),
     "--no-byte-permutes": dict(byte_permutes=False),
-    "--graphs --keep attention experts --offload experts": dict(
-        graphs=True, keep=("attention", "experts"), offload=("experts",)
-    ),
+    "--graphs --keep attention experts --offload experts": dict(graphs=True, keep=BOTH, offload=("experts",)),
     "--graphs --keep experts --offload experts --places 3": dict(
         graphs=True, keep=("experts",), offload=("experts",), places=3
     ),
+    "--graphs --keep projections": dict(graphs=True, keep=("projections",)),
 }
 
 
