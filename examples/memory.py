@@ -11,7 +11,6 @@ from kernelized import DEVICE
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator
 
-from qwen3_moe_integration.kept import KEEPABLE
 from qwen3_moe_integration.plan import Plan, Step, make_plan
 from qwen3_moe_integration.plan.memory import CONTEXT
 
@@ -19,6 +18,9 @@ GIB = 2**30
 LIGER = DEVICE == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 OFF_BY = 0.03
 """By how much a step in graphs may take more than is planned; measured."""
+TRIED = ("attention", ()), ("experts", ()), ("experts", ("experts",)), ("projections", ())
+"""What graphs may keep, and what of it they offload then. What saves most time for its memory comes first; experts are
+offloaded only if they do not fit otherwise."""
 LOSS_CHUNK = 16
 """Liger's loss takes the logits of a chunk of tokens at a time, by itself so few that it reads the output head 64 times
 in a step; in chunks 16 times as large it is as fast as a single product."""
@@ -27,9 +29,8 @@ in a step; in chunks 16 times as large it is as fast as a single product."""
 def plan_for(options: argparse.Namespace) -> Plan:
     """What a step of LoRA takes, from the model's config alone, beside what the card has.
 
-    Graphs keep what is sure to fit, attention before experts, unless ``options`` say what they do. Experts that do not
-    fit are offloaded, if they do then, and the host has memory for them. What is offloaded has as many places as are
-    sure to fit.
+    Graphs keep what is sure to fit, in the order of ``TRIED``, unless ``options`` say what they do. What is offloaded
+    has to fit into the host's memory too, and has as many places as are sure to fit.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model), dtype=torch.bfloat16)
@@ -50,11 +51,13 @@ def plan_for(options: argparse.Namespace) -> Plan:
     memory = options.gpu_memory * GIB if options.gpu_memory else torch.cuda.get_device_properties(0).total_memory
     plan = make_plan(model, step, memory)
     if options.graphs and options.keep is None:
-        for name, offload in [*((name, ()) for name in KEEPABLE), ("experts", ("experts",))]:
+        for name, offload in TRIED:
             if name not in plan.step.keep:
+                offload = (*plan.step.offload, *offload)
                 keeps = make_plan(model, replace(step, keep=(*plan.step.keep, name), offload=offload), memory)
-                plan = keeps if keeps.peak * (1 + OFF_BY) <= memory and host_has(keeps.host) else plan
-    if not plan.step.offload:
+                some, fits = keeps.parts[f"kept {name}"], keeps.peak * (1 + OFF_BY) <= memory
+                plan = keeps if some and fits and host_has(keeps.host) else plan
+    if not plan.host:
         return plan
     layers = model.config.get_text_config().num_hidden_layers
     more = int((memory / (1 + OFF_BY) - plan.peak) / (plan.host / layers))

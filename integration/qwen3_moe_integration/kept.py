@@ -20,7 +20,6 @@ from .kept_projections import KeptProjections, keeps_projections
 Tensor = torch.Tensor
 
 KEEPABLE = ("attention", "experts", "projections")
-"""What saves most time for its memory comes first."""
 
 
 class Part(Protocol):
