@@ -294,8 +294,8 @@ def test_graphs_keep_what_is_sure_to_fit_attention_first(whole, monkeypatch):
 
 
 OFFLOADING_TAKES_LESS = (
-    " --keep attention experts projections --offload attention experts projections takes less of the GPU, and of the host"
-    " instead."
+    " --keep attention experts projections --offload attention experts projections takes less of the GPU,"
+    " and of the host instead."
 )
 FEWER_PLACES_TAKE_LESS = " A lower --gpu-memory has less of what is offloaded on the GPU too."
 NOTHING_KEPT_TAKES_LESS = " --keep and nothing after it takes less, --no-graphs less still."

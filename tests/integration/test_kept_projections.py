@@ -1,6 +1,7 @@
 """Attention's linear layers in 4 bit that are kept from forward: multiplied once a step, and the same gradients."""
 
 import copy
+import gc
 import threading
 from collections import Counter
 
@@ -16,6 +17,7 @@ from qwen3_moe_integration import (
     decoding,
     enable_fused_linear_lora,
     enable_graphed_checkpointing,
+    graphed,
     lora_linear,
 )
 from qwen3_moe_integration.kept import KEEPABLE, Kept
@@ -280,15 +282,39 @@ def test_of_what_is_kept_backward_reads_as_much_as_is_planned(stock):
 WIDE = {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 64}
 
 
+def in_bf16(tmp_path) -> nn.Module:
+    """A model on a GPU, in 4 bit with adapters in bf16."""
+    checkpoint(tmp_path, **WIDE)
+    model = load(tmp_path, NESTED, device_map="cuda")
+    model = get_peft_model(model, config(target_modules=ATTENTION), autocast_adapter_dtype=False)
+    return enable_fused_linear_lora(model.train())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("length", [100, 600], ids=["bitsandbytes decodes", "the kernel decodes"])
 def test_in_bf16_what_graphs_keep_changes_no_bit(registered, tmp_path, keep, length):
-    checkpoint(tmp_path, **WIDE)
-    model = load(tmp_path, NESTED, device_map="cuda")
-    model = get_peft_model(model, config(target_modules=ATTENTION), autocast_adapter_dtype=False).train()
-    other = enable_graphed_checkpointing(enable_fused_linear_lora(copy.deepcopy(model)))
-    model = enable_graphed_checkpointing(enable_fused_linear_lora(model), keep=keep)
+    graphed._warn_once.cache_clear()
+    model = in_bf16(tmp_path)
+    other = enable_graphed_checkpointing(copy.deepcopy(model))
+    model = enable_graphed_checkpointing(model, keep=keep)
     assert_same_steps(model, other, [tokens(4, length, device="cuda") for _ in range(6)])
     assert recordings(model) == recordings(other) == 2 and not any(kept(other))
     assert len(products_in(kept(model)[0])) == 2 * len(ATTENTION)
+
+
+@pytest.mark.gpu
+def test_in_bf16_they_take_as_much_memory_as_is_planned(registered, tmp_path):
+    taken, batch, first = {}, tokens(4, 8192, device="cuda"), in_bf16(tmp_path)
+    for keep in (("projections",), (), ("projections",)):  # once more: first, libraries take memory of their own
+        model = enable_graphed_checkpointing(copy.deepcopy(first), keep=keep)
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            model(input_ids=batch, labels=batch).loss.backward()
+            model.zero_grad()
+        assert recordings(model) == 2
+        taken[keep] = torch.cuda.memory_allocated() - before
+        del model
+    planned = 2 * KEPT_BYTES["projections"](shapes(QWEN3.build(**WIDE)), Step(8192, 4, rank=4))
+    assert taken["projections",] - taken[()] == pytest.approx(planned, rel=0.1)
