@@ -66,7 +66,7 @@ def test_what_is_offloaded_has_as_many_places_as_are_sure_to_fit(deep, monkeypat
         enough, less = (plan("--gpu-memory", str(peak * factor), *keeps) for factor in (1.03001, 1.02999))
         assert (enough.step.places, less.step.places) == (places, places - 1)
         assert enough.peak / 2**30 == pytest.approx(peak)
-        if places < 12:  # as it chooses by itself, until all have the GPU's
+        if places < 7:  # as it chooses by itself, until projections fit, which come before more places
             assert plan("--gpu-memory", str(peak * 1.03001)).step == enough.step
     assert plan("--gpu-memory", str(two * 1.001), *keeps).step.places == 2, "the least, for which it fits"
 
@@ -97,15 +97,24 @@ def test_experts_that_do_not_fit_are_offloaded_if_the_host_has_memory_for_them(d
 
     monkeypatch.setattr("memory.pinnable", lambda: available)
     assert chosen(on_gpu * 1.031) == (both, ())
-    assert chosen(on_gpu * 1.029) == chosen(on_host * 1.031) == (both, ("experts",))
+    assert chosen(on_gpu * 1.029) == ((*both, "projections"), ("experts",))
+    assert chosen(on_host * 1.031) == (both, ("experts",))
     assert chosen(on_host * 1.029) == (("attention",), ())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert chosen(on_gpu * 1.029) == (("attention",), ())
+    assert chosen(on_gpu * 1.029) == (("attention", "projections"), ())
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     available -= 2
-    assert chosen(on_gpu * 1.029) == (("attention",), ())
+    assert chosen(on_gpu * 1.029) == (("attention", "projections"), ())
     with pytest.raises(SystemExit):
         finetune.parse(["--graphs", "--offload", "experts"])
+
+
+def test_of_projections_in_16_bit_nothing_is_kept(deep):
+    _, plan = deep
+    assert plan("--gpu-memory", "80", "--bits", "16").step.keep == ("attention", "experts")
+    kept_and_offloaded = ("--keep", "projections", "--offload", "projections")
+    assert plan("--gpu-memory", "80", "--bits", "16", *kept_and_offloaded).host == 0
+    assert plan("--gpu-memory", "80", "--bits", "4", *kept_and_offloaded).step.places == 12
 
 
 def test_a_run_that_fits_with_what_it_keeps_on_the_host_is_told_so(deep, monkeypatch):
