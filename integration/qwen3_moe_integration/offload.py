@@ -8,8 +8,12 @@ run beside it:
     backward    layer i reads its place             what i - P + 1 left on the host comes back to that of i + 1
 
 Forward may be P - 1 layers ahead of its copies, and backward's are as far ahead of it. The last P layers find theirs
-where forward left it. One stream makes all copies, in the order in which they are asked for; it and the stream of the
-layers wait for each other by events, and the host for neither.
+where forward left it. What a layer left goes to the host only once another layer follows, in either pass. After the
+last one comes the loss, and a loss that asks for a number, such as that of its tokens, has that copied by the same
+engine: behind the copy of a layer the host would wait for it, and the GPU for the host.
+
+One stream makes all copies, in the order in which they are asked for; it and the stream of the layers wait for each
+other by events, and the host for neither.
 """
 
 import mmap
@@ -63,6 +67,8 @@ class Places:
         self.copies = self._streams.Stream(device)
         self.last: Callable[[], Optional[Claim]] = lambda: None
         """The claim of the last forward."""
+        self._put_off: Callable[[], Optional[Claim]] = lambda: None
+        """That of a call whose data are still to go to the host."""
         self._places: dict[int, list[Place]] = {}
 
     def turn(self, size: int) -> Place:
@@ -75,18 +81,31 @@ class Places:
             places.append(Place(size, self.device))
         return places[turn]
 
+    def put_off(self, claim: Claim) -> None:
+        """Until the next layer follows: then what its call kept goes to the host."""
+        self._put_off = weakref.ref(claim)
+
+    def catch_up(self) -> None:
+        """Before another layer is asked for."""
+        claim, self._put_off = self._put_off(), lambda: None
+        if claim is not None:  # or nobody will read it
+            claim.offloaded.to_host()
+
+    def asked(self) -> torch.cuda.Event:
+        """That of all that was asked of the stream on which layers run."""
+        return self._streams.current_stream(self.device).record_event()
+
     def wait(self, event: Optional[torch.cuda.Event]) -> None:
         """Has the stream on which layers run wait for it."""
         if event is not None:
             self._streams.current_stream(self.device).wait_event(event)
 
-    def copy(self, to: Tensor, source: Tensor) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        """After what was asked of the layers' stream up to now: the events of that, and of the copy."""
-        asked = self._streams.current_stream(self.device).record_event()
-        self.copies.wait_event(asked)
+    def copy(self, to: Tensor, source: Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
+        """Its own event."""
+        self.copies.wait_event(after)
         with self._streams.stream(self.copies):
             to.copy_(source, non_blocking=True)
-        return asked, self.copies.record_event()
+        return self.copies.record_event()
 
 
 class Offloaded:
@@ -112,13 +131,18 @@ class Offloaded:
 
     def make_room(self) -> None:
         """Before forward's graph writes to the place."""
+        self.places.catch_up()
         self.places.wait(self.place.left)
 
     def store(self, claim: Claim) -> None:
         """After forward's graph, for the call with this claim."""
         claim.offloaded, claim.before = self, self.places.last
         self.place.holder = self.places.last = weakref.ref(claim)
-        self.place.written, self.place.left = self.places.copy(self._host, self.place.memory)
+        self.place.written = self.places.asked()
+        self.places.put_off(claim)
+
+    def to_host(self) -> None:
+        self.place.left = self.places.copy(self._host, self.place.memory, after=self.place.written)
 
     def fetch(self, claim: Claim) -> None:
         """Before backward's graph reads the place, for the call with this claim, whose forward was the last here.
@@ -126,6 +150,7 @@ class Offloaded:
         What calls before it kept is on its way while that graph runs: the nearest first, and as many as have places
         that no nearer one needs.
         """
+        self.places.catch_up()
         self._fill(claim)
         self.places.wait(self.place.written)
         needed, before = {self.place}, claim.before()
@@ -139,7 +164,7 @@ class Offloaded:
         """Has the data of ``claim``, which are on the host, in the place too."""
         if self.place.holder() is not claim:
             self.place.holder = weakref.ref(claim)
-            _, filled = self.places.copy(self.place.memory, self._host)
+            filled = self.places.copy(self.place.memory, self._host, after=self.places.asked())
             self.place.written = self.place.left = filled
 
     def _pinned(self, size: int) -> Tensor:

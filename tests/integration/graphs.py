@@ -60,6 +60,7 @@ def empty_places(setattr: Callable[[Any, str, Any], None] = setattr) -> None:
 
     def store_and_forget(self, claim: Claim) -> None:
         store(self, claim)
+        self.places.catch_up()
         self.places.wait(self.place.left)
         self.place.memory.zero_()
         self.place.holder = lambda: None

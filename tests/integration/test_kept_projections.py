@@ -191,7 +191,8 @@ def test_under_autocast_factors_in_fp32_are_cast(registered, device, tmp_path):
     models = twins(enable_fused_linear_lora(model), KEEPABLE)
     assert_same_steps(*models, [tokens(device=device) for _ in range(4)], autocast=torch.bfloat16)
     assert len(products_in(kept(models[0])[0])) == 2 * len(ATTENTION)
-    assert recordings(models[0]) == 2 and {x.dtype for x in kept(models[0])[0] if x.dim() == 2} == {torch.bfloat16}
+    matrices = [x for x in kept(models[0])[0] if x.is_floating_point() and x.dim() == 2]  # without logsumexps
+    assert recordings(models[0]) == 2 and {x.dtype for x in matrices} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("decodes", [False, True], ids=["bitsandbytes", "the kernel"])

@@ -48,9 +48,9 @@ def test_copies_come_as_early_as_a_place_is_free_and_none_that_is_not_needed(sou
 
     def note(what: Any, name: str, line: Callable[..., tuple[str, int]]) -> None:
         method = getattr(what, name)
-        monkeypatch.setattr(what, name, lambda *args: order.append(line(*args)) or method(*args))
+        monkeypatch.setattr(what, name, lambda *args, **kw: order.append(line(*args, **kw)) or method(*args, **kw))
 
-    def copied(to: torch.Tensor, source: torch.Tensor) -> tuple[str, int]:
+    def copied(to: torch.Tensor, source: torch.Tensor, after: Any) -> tuple[str, int]:
         kind, host, place = ("store", to, source) if any(to is each for each in hosts) else ("fetch", source, to)
         layer = next(number for number, each in enumerate(hosts) if host is each)
         assert place is memory[layer] is memory[layer % places]
@@ -60,7 +60,9 @@ def test_copies_come_as_early_as_a_place_is_free_and_none_that_is_not_needed(sou
     for number, recording in enumerate(recordings_of(model)):
         note(recording, "_forward", lambda number=number: ("forward", number))
         note(recording, "_backward", lambda number=number: ("backward", number))
-    loss(model, tokens()).backward()
+    result = loss(model, tokens())
+    assert order[-1] == ("forward", count - 1), "nothing is copied while the loss may ask for a number"
+    result.backward()
     assert order == order_of_a_step(places, count)
     assert len({each.data_ptr() for each in memory}) == min(places, count)
 
@@ -142,3 +144,19 @@ def test_a_place_is_made_when_its_first_turn_comes():
         assert len(places._places[1024]) == min(3, len(made))
     assert made == made[:3] * 2 + made[:1]
     assert places.turn(2048).memory.nbytes == 2048, "the first of its size"
+
+
+def test_what_no_backward_will_read_is_not_copied(source, monkeypatch):
+    graphs.stand_in(monkeypatch.setattr)
+    model = in_graphs(model_of(source, "cpu", 3))
+    for _ in range(2):
+        loss(model, tokens()).backward()
+    last = offloaded_of(model)[-1]
+    last._host.fill_(7)
+    loss(model, tokens())
+    loss(model, tokens()).backward()
+    before = last._host.clone()
+    loss(model, tokens())
+    for each in offloaded_of(model):
+        each.places.catch_up()
+    assert torch.equal(last._host, before) and not (before == 7).all()
