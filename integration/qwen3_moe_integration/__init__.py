@@ -1,5 +1,5 @@
 """Puts the qwen3-moe-fused kernel into Transformers models; knows Transformers, PEFT, bitsandbytes and ``kernels``, and
-no Triton."""
+of Triton no more than the optimizer's kernel does."""
 
 from . import peft_hooks
 from .clipping import clip_grad_norm_

@@ -1,6 +1,10 @@
-"""The 8-bit Adam that does not wait is bitsandbytes' own in all but that."""
+"""The 8-bit Adam that does not wait is bitsandbytes' own in all but that and its kernel: see test_adam_kernel.py."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -8,13 +12,14 @@ import torch
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
+from qwen3_moe_integration import optim  # noqa: E402
 from qwen3_moe_integration.optim import AdamW8bit  # noqa: E402
 
 SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
 
 def parameters(device: str, dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    """One large enough for states in 8 bit, one that is not, and one that never has a gradient."""
+    """One large enough for states in 8 bit; one that is not; one that never has a gradient."""
     return [torch.nn.Parameter(torch.randn(size, device=device, dtype=dtype)) for size in ((96, 70), (3, 5), (4,))]
 
 
@@ -24,7 +29,8 @@ def groups(parameters: list[torch.nn.Parameter]) -> list[dict]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parameters_and_states_are_bitsandbytes_own_to_the_last_bit(device, dtype):
+def test_without_the_kernel_parameters_and_states_are_bitsandbytes_own_to_the_last_bit(device, dtype, monkeypatch):
+    monkeypatch.setattr(optim, "DEVICES", ())
     ours = parameters(device, dtype)
     theirs = copy.deepcopy(ours)
     kinds = AdamW8bit, bitsandbytes.optim.AdamW8bit
@@ -43,7 +49,8 @@ def test_parameters_and_states_are_bitsandbytes_own_to_the_last_bit(device, dtyp
     assert optimizers[0].state[ours[0]]["state1"].dtype == torch.uint8
 
 
-def test_it_goes_on_from_a_state_that_bitsandbytes_saved(device):
+def test_without_the_kernel_it_goes_on_from_a_state_that_bitsandbytes_saved(device, monkeypatch):
+    monkeypatch.setattr(optim, "DEVICES", ())
     ours = parameters(device, torch.float32)
     theirs = copy.deepcopy(ours)
     kept = bitsandbytes.optim.AdamW8bit(theirs, **SETTINGS)
@@ -97,3 +104,16 @@ def test_a_closure_gives_the_loss_and_the_gradients(device):
     with torch.no_grad():
         loss = AdamW8bit([parameter], lr=1e-2).step(closure)
     assert torch.allclose(loss, before.square().sum()) and not torch.equal(parameter, before)
+
+
+def test_the_kernel_holds_in_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(Path(__file__).with_name("test_adam_kernel.py")), "-m", "not gpu"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
