@@ -28,7 +28,7 @@ from triton.runtime import driver
 BLOCK = 256
 """The elements of a state that share one ``absmax``."""
 
-BLOCKS, WARPS = 4, 4
+BLOCKS, WARPS = 1, 1
 """Blocks of a program, and its warps."""
 
 Lines = tuple[tuple[float, float], ...]
