@@ -8,9 +8,9 @@
 NF4 weights with double quantization, LoRA on attention and all experts, gradient checkpointing, a chunked loss, 8-bit
 Adam, one sequence a step. --gpu-memory caps what the process may allocate, less the context, as a card of that size
 would. --graphs has layers run in CUDA graphs, which --keep what they are told to from forward to backward; of that,
-what --offload names waits in host memory, and has --places on the GPU, each for a layer's. The same tokens come back
-every step, so the loss must fall; the run fails if it does not. --stock is Transformers and PEFT as they are: experts
-in bf16 by grouped_mm, W + BA built for all of them. Writes train_step-*.json and train_step-*.md into --out.
+what --offload names waits in host memory. The same tokens come back every step, so the loss must fall; the run fails if
+it does not. --stock is Transformers and PEFT as they are: experts in bf16 by grouped_mm, W + BA built for all of them.
+Writes train_step-*.json and train_step-*.md into --out.
 """
 
 from __future__ import annotations
@@ -60,15 +60,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--graphs", action="store_true", help="checkpoint each layer by CUDA graphs")
     parser.add_argument("--keep", nargs="*", choices=KEEPABLE, default=[], help="what graphs keep for backward")
     parser.add_argument("--offload", nargs="*", choices=KEEPABLE, default=[], help="what of --keep waits on the host")
-    parser.add_argument("--places", type=int, default=2, help="layers whose --offload is on the GPU too")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: tries this script, on a CPU too")
     options = parser.parse_args(argv)
     if options.keep and not options.graphs:
         parser.error("--keep is for layers in CUDA graphs; add --graphs")
     if not set(options.offload) <= set(options.keep):
         parser.error("--offload is for what graphs keep; name it in --keep too")
-    if options.places != 2 and not options.offload:
-        parser.error("--places are for what is offloaded; add --offload")
     return options
 
 
@@ -98,7 +95,7 @@ def build(options: argparse.Namespace, sizes: Qwen3MoeConfig, device: str) -> to
 def checkpoint_in_graphs(model: torch.nn.Module, options: argparse.Namespace) -> None:
     """If asked for; graphs that were recorded before are given up."""
     if options.graphs:
-        enable_graphed_checkpointing(model, keep=options.keep, offload=options.offload, places=options.places)
+        enable_graphed_checkpointing(model, keep=options.keep, offload=options.offload)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -128,14 +125,12 @@ def main(argv: list[str] | None = None) -> None:
             graphs=options.graphs,
             keep=tuple(options.keep),
             offload=tuple(options.offload),
-            places=options.places,
         )
         planned = make_plan(in_full, wanted, 24 * GIB)
         run["planned_gib"] = (planned.peak - planned.parts["CUDA context"]) / GIB
     kind = ("-stock" if options.stock else "") + ("-graphs" if options.graphs else "")
     kind += "-".join(["-keep", *options.keep]) if options.keep else ""
     kind += "-".join(["-offload", *options.offload]) if options.offload else ""
-    kind += f"-places-{options.places}" if options.places != 2 else ""
     kind += "-peft-attention" if options.peft_attention else ""
     write(result, options.out, f"train_step-{options.layers}-layers{kind}")
 

@@ -42,7 +42,7 @@ from transformers import (
 from qwen3_moe_integration import enable_fused_linear_lora, enable_graphed_checkpointing, expert_lora_config
 from qwen3_moe_integration.kept import KEEPABLE
 from qwen3_moe_integration.optim import AdamW8bit
-from qwen3_moe_integration.plan import Plan, Step
+from qwen3_moe_integration.plan import Plan
 
 ON_GPU = DEVICE == "cuda"
 
@@ -302,9 +302,9 @@ def train(options: argparse.Namespace) -> Trainer:
     model = load_base(options, checkpoint)
     if not is_whole(options):
         model = with_adapter(model, options)
-    step = plan.step if plan else Step(keep=tuple(options.keep or ()), offload=tuple(options.offload))
+    keep, offload = (plan.step.keep, plan.step.offload) if plan else (options.keep or (), options.offload)
     if options.graphs:
-        enable_graphed_checkpointing(model, keep=step.keep, offload=step.offload, places=step.places)
+        enable_graphed_checkpointing(model, keep=keep, offload=offload)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(f"Training {trained / 1e6:.2f} M parameters.")
     tokenizer = AutoTokenizer.from_pretrained(options.model or small_model(options.output))
@@ -318,11 +318,9 @@ def train(options: argparse.Namespace) -> Trainer:
     except torch.OutOfMemoryError as error:
         longest = f" The longest sequence that should have fit: {plan.longest} tokens." if plan else ""
         graphs = " --no-graphs takes less, too." if options.graphs else ""
-        graphs = " --keep and nothing after it takes less, --no-graphs less still." if step.keep else graphs
-        if step.places > 2:
-            graphs = f" A lower --gpu-memory has less of what is offloaded on the GPU too.{graphs}"
-        elif set(step.keep) - set(step.offload):
-            kept = " ".join(step.keep)
+        graphs = " --keep and nothing after it takes less, --no-graphs less still." if keep else graphs
+        if set(keep) - set(offload):
+            kept = " ".join(keep)
             graphs = f" --keep {kept} --offload {kept} takes less of the GPU, and of the host instead.{graphs}"
         raise SystemExit(
             f"{error}\nOut of memory: lower --seq-len, --batch-size or --expert-rank, then --resume.{longest}{graphs}"

@@ -30,7 +30,7 @@ def plan_for(options: argparse.Namespace) -> Plan:
     """What a step of LoRA takes, from the model's config alone, beside what the card has.
 
     Graphs keep what is sure to fit, in the order of ``TRIED``, unless ``options`` say what they do. What is offloaded
-    has to fit into the host's memory too, and has as many places as are sure to fit.
+    has to fit into the host's memory too.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model), dtype=torch.bfloat16)
@@ -57,13 +57,7 @@ def plan_for(options: argparse.Namespace) -> Plan:
                 keeps = make_plan(model, replace(step, keep=(*plan.step.keep, name), offload=offload), memory)
                 some, fits = keeps.parts[f"kept {name}"], keeps.peak * (1 + OFF_BY) <= memory
                 plan = keeps if some and fits and host_has(keeps.host) else plan
-    if not plan.host:
-        return plan
-    layers = model.config.get_text_config().num_hidden_layers
-    more = int((memory / (1 + OFF_BY) - plan.peak) / (plan.host / layers))
-    places = max(plan.step.places, min(plan.step.places + more, layers))
-    # For the longest sequence that fits there would be but two.
-    return replace(make_plan(model, replace(plan.step, places=places), memory), longest=plan.longest)
+    return plan
 
 
 def cap(memory: float) -> None:

@@ -34,11 +34,7 @@ _NONE = -1
 
 
 def enable_graphed_checkpointing(
-    model: nn.Module,
-    variants: int = 4,
-    keep: Collection[str] = (),
-    offload: Collection[str] = (),
-    places: int = 2,
+    model: nn.Module, variants: int = 4, keep: Collection[str] = (), offload: Collection[str] = ()
 ) -> nn.Module:
     """Checkpoints every decoder layer of a model with CUDA graphs: less host time per step, the same numbers.
 
@@ -68,16 +64,14 @@ def enable_graphed_checkpointing(
               where ``enable_fused_linear_lora`` has them computed: 2 bytes a number, 14.1 KiB for Qwen3-30B-A3B with
               adapters of rank 16.
         offload: what of ``keep`` waits for backward in host memory, which is pinned, and is copied there and back while
-            other layers compute. For each form of call it takes the GPU's memory for ``places`` layers, not for all.
-        places: of how many layers the GPU has what is offloaded, 2 at least. Where copies take longer than layers, each
-            further one spares about the time of one copy, until none is waited for.
+            other layers compute. For each form of call it takes the GPU's memory for two layers, not for all.
 
     Returns:
         ``model``, changed in place.
 
     Raises:
-        ValueError: ``model`` contains no Transformers model, ``variants`` is less than 1 or ``places`` than 2, ``keep``
-            names something else, or ``offload`` what is not kept.
+        ValueError: ``model`` contains no Transformers model, ``variants`` is less than 1, ``keep`` names something
+            else, or ``offload`` what is not kept.
         RuntimeError: in training, when a layer cannot be recorded, because it waits for the GPU, say, or host memory
             cannot be pinned.
     """
@@ -87,12 +81,10 @@ def enable_graphed_checkpointing(
         raise ValueError(f"keep must hold names among {', '.join(KEEPABLE)}, got {keep!r}")
     if not set(offload) <= set(keep):
         raise ValueError(f"offload must hold names among those of keep, {keep!r}, got {offload!r}")
-    if places < 2:
-        raise ValueError(f"places must be at least 2, got {places}")
     base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if base is None:
         raise ValueError(f"model must be or contain a model of Transformers, got a {type(model).__name__}")
-    checkpointed = GraphedCheckpoint(variants, tuple(keep), tuple(offload), places)
+    checkpointed = GraphedCheckpoint(variants, tuple(keep), tuple(offload))
     base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=checkpointed)
     leave_unmasked(base)
     return model
@@ -103,8 +95,8 @@ class GraphedCheckpoint:
 
     drops_empty_masks = True  # see ``unmasked``
 
-    def __init__(self, variants: int, keep: tuple[str, ...], offload: tuple[str, ...], places: int):
-        self.variants, self.keep, self.offload, self.places = variants, keep, offload, places
+    def __init__(self, variants: int, keep: tuple[str, ...], offload: tuple[str, ...]):
+        self.variants, self.keep, self.offload = variants, keep, offload
         self._known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
         self._devices: dict[torch.device, Device] = {}
 
@@ -191,7 +183,7 @@ class GraphedCheckpoint:
 
     def _device(self, device: torch.device) -> Device:
         if device not in self._devices:
-            self._devices[device] = Device(device, self.places)
+            self._devices[device] = Device(device)
         return self._devices[device]
 
 

@@ -1,16 +1,15 @@
-"""What recorded layers keep waits for backward in host memory, and takes the GPU's of a few layers, not of all.
+"""What recorded layers keep waits for backward in host memory, and takes the GPU's of two layers, not of all.
 
-Graphs write and read at fixed addresses. So those of a layer have one of P places on the device, two at least, and
-layers take them in turn: P that follow each other have different ones. While a layer computes, the copies for others
-run beside it:
+Graphs write and read at fixed addresses. So those of a layer have one of two places on the device, and layers that
+follow each other have different ones. While a layer computes, the copies for its neighbour run beside it:
 
-    forward     layer i writes its place            what i - 1, i - 2, ... left in theirs goes to the host
-    backward    layer i reads its place             what i - P + 1 left on the host comes back to that of i + 1
+    forward     layer i writes its place            what i - 1 left in the other goes to the host
+    backward    layer i reads its place             what i - 1 left on the host comes back to the other
 
-Forward may be P - 1 layers ahead of its copies, and backward's are as far ahead of it. The last P layers find theirs
-where forward left it. What a layer left goes to the host only once another layer follows, in either pass. After the
-last one comes the loss, and a loss that asks for a number, such as that of its tokens, has that copied by the same
-engine: behind the copy of a layer the host would wait for it, and the GPU for the host.
+The last two layers find theirs where forward left it. What a layer left goes to the host only once another layer
+follows, in either pass. After the last one comes the loss, and a loss that asks for a number, such as that of its
+tokens, has that copied by the same engine: behind the copy of a layer the host would wait for it, and the GPU for the
+host.
 
 One stream makes all copies, in the order in which they are asked for; it and the stream of the layers wait for each
 other by events, and the host for neither.
@@ -59,27 +58,25 @@ class Place:
 
 
 class Places:
-    """Of one device: for each size up to ``number``, and the stream that copies."""
+    """Of one device: for each size two, and the stream that copies."""
 
-    def __init__(self, device: torch.device, number: int):
-        self.device, self.number = device, number
+    def __init__(self, device: torch.device):
+        self.device = device
         self._streams = torch.get_device_module(device)
         self.copies = self._streams.Stream(device)
         self.last: Callable[[], Optional[Claim]] = lambda: None
         """The claim of the last forward."""
         self._put_off: Callable[[], Optional[Claim]] = lambda: None
         """That of a call whose data are still to go to the host."""
-        self._places: dict[int, list[Place]] = {}
+        self._places: dict[int, tuple[Place, Place]] = {}
 
     def turn(self, size: int) -> Place:
-        """The place of ``size`` bytes for the recording of the call that comes next: the one that follows that of the
-        call before. It is made when its first turn comes, so fewer layers have fewer."""
-        places, last = self._places.setdefault(size, []), self.last()
-        before = None if last is None else last.offloaded.place
-        turn = (places.index(before) + 1) % self.number if before in places else 0
-        if turn == len(places):
-            places.append(Place(size, self.device))
-        return places[turn]
+        """The place of ``size`` bytes for the recording of the call that comes next: not that of the call before."""
+        if size not in self._places:
+            self._places[size] = Place(size, self.device), Place(size, self.device)
+        first, second = self._places[size]
+        last = self.last()
+        return second if last is not None and last.offloaded.place is first else first
 
     def put_off(self, claim: Claim) -> None:
         """Until the next layer follows: then what its call kept goes to the host."""
@@ -145,20 +142,15 @@ class Offloaded:
         self.place.left = self.places.copy(self._host, self.place.memory, after=self.place.written)
 
     def fetch(self, claim: Claim) -> None:
-        """Before backward's graph reads the place, for the call with this claim, whose forward was the last here.
-
-        What calls before it kept is on its way while that graph runs: the nearest first, and as many as have places
-        that no nearer one needs.
-        """
+        """Before backward's graph reads the place, for the call with this claim, whose forward was the last here. What
+        the call before kept is on its way while that graph runs."""
         self.places.catch_up()
         self._fill(claim)
         self.places.wait(self.place.written)
-        needed, before = {self.place}, claim.before()
+        before = claim.before()
         # While its backward is to come, its recording serves no other call.
-        while before is not None and not before.over and before.offloaded.place not in needed:
+        if before is not None and not before.over and before.offloaded.place is not self.place:
             before.offloaded._fill(before)
-            needed.add(before.offloaded.place)
-            before = before.before()
 
     def _fill(self, claim: Claim) -> None:
         """Has the data of ``claim``, which are on the host, in the place too."""

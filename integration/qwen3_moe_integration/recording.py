@@ -27,11 +27,11 @@ class Device:
     """What the recordings of one device share: a stream to record on, a pool of memory, buffers for what goes in and
     out, places for what is offloaded."""
 
-    def __init__(self, device: torch.device, places: int):
+    def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
         self.generator = torch.cuda.default_generators[device.index]
-        self.buffers, self.places = Buffers(), Places(device, places)
+        self.buffers, self.places = Buffers(), Places(device)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """A function that does again on the device what ``work`` launches now."""

@@ -25,14 +25,14 @@ def test_graphs_keep_and_offload_what_the_options_or_the_plan_say(kernel_dir, tm
         raise ReachedError
 
     monkeypatch.setattr(finetune, "enable_graphed_checkpointing", enable)
-    step = SimpleNamespace(keep=("experts",), offload=("experts",), places=5)
+    step = SimpleNamespace(keep=("experts",), offload=("experts",))
     monkeypatch.setattr(finetune, "check", lambda options: SimpleNamespace(step=step) if planned else None)
     arguments = ["--kernel", str(kernel_dir), "--output", str(tmp_path), "--gradient-checkpointing", "--graphs"]
     arguments += ["--keep", "attention", "experts", "--offload", "attention"]
     with pytest.raises(ReachedError):
         finetune.train(finetune.parse(arguments))
-    wanted = (["experts"], ["experts"], 5) if planned else (["attention", "experts"], ["attention"], 2)
-    assert [(list(what["keep"]), list(what["offload"]), what["places"]) for what in got] == [wanted]
+    wanted = (["experts"], ["experts"]) if planned else (["attention", "experts"], ["attention"])
+    assert [(list(what["keep"]), list(what["offload"])) for what in got] == [wanted]
 
 
 @pytest.fixture
@@ -48,46 +48,12 @@ def deep(tmp_path, monkeypatch) -> tuple:
     return finetune, lambda *arguments: finetune.check(finetune.parse([*model, *arguments]))
 
 
-def with_two_places(plan) -> float:
-    """The peak of a plan that has places for all 12 layers, had it but two; in GiB."""
-    assert plan.step.places == 12
-    return (plan.peak - 10 * plan.host / 12) / 2**30
-
-
-def test_what_is_offloaded_has_as_many_places_as_are_sure_to_fit(deep, monkeypatch):
-    _, plan = deep
-    monkeypatch.setattr("memory.pinnable", lambda: 2**40)
-    keeps = ("--keep", "attention", "experts", "--offload", "experts")
-    for_all = plan("--gpu-memory", "80", *keeps)
-    two, a_layer = with_two_places(for_all), for_all.host / 12 / 2**30
-    assert for_all.peak == plan("--gpu-memory", "80", *keeps[:3]).peak
-    for places in range(3, 13):
-        peak = two + (places - 2) * a_layer
-        enough, less = (plan("--gpu-memory", str(peak * factor), *keeps) for factor in (1.03001, 1.02999))
-        assert (enough.step.places, less.step.places) == (places, places - 1)
-        assert enough.peak / 2**30 == pytest.approx(peak)
-        if places < 7:  # as it chooses by itself, until projections fit, which come before more places
-            assert plan("--gpu-memory", str(peak * 1.03001)).step == enough.step
-    assert plan("--gpu-memory", str(two * 1.001), *keeps).step.places == 2, "the least, for which it fits"
-
-
-def test_a_longer_sequence_would_have_fewer_places(deep, monkeypatch):
-    _, plan = deep
-    keeps = ("--keep", "experts", "--offload", "experts")
-    memory = ("--gpu-memory", str(plan("--gpu-memory", "80", *keeps).peak * 1.031 / 2**30))
-    longest = plan(*memory, *keeps).longest
-    at, after = (("--seq-len", str(length)) for length in (longest, longest + 64))
-    assert plan(*memory, *keeps, *at).step.places == 2
-    with pytest.raises(SystemExit):
-        plan(*memory, *keeps, *after)
-
-
 def test_experts_that_do_not_fit_are_offloaded_if_the_host_has_memory_for_them(deep, monkeypatch):
     finetune, plan = deep
     keeps, both = ("--keep", "attention", "experts"), ("attention", "experts")
     on_gpu = plan("--gpu-memory", "80", *keeps).peak / 2**30
     offloaded = plan("--gpu-memory", "80", *keeps, "--offload", "experts")
-    on_host = with_two_places(offloaded)
+    on_host = offloaded.peak / 2**30
     assert on_host * 1.031 < on_gpu * 1.029
     available = 2 * offloaded.host
 
@@ -114,14 +80,14 @@ def test_of_projections_in_16_bit_nothing_is_kept(deep):
     assert plan("--gpu-memory", "80", "--bits", "16").step.keep == ("attention", "experts")
     kept_and_offloaded = ("--keep", "projections", "--offload", "projections")
     assert plan("--gpu-memory", "80", "--bits", "16", *kept_and_offloaded).host == 0
-    assert plan("--gpu-memory", "80", "--bits", "4", *kept_and_offloaded).step.places == 12
+    assert plan("--gpu-memory", "80", "--bits", "4", *kept_and_offloaded).host > 0
 
 
 def test_a_run_that_fits_with_what_it_keeps_on_the_host_is_told_so(deep, monkeypatch):
     _, plan = deep
     keeps = ("--keep", "experts")
-    on_gpu, nothing = (plan("--gpu-memory", "80", *choice).peak / 2**30 for choice in (keeps, ("--keep",)))
-    offloaded = with_two_places(plan("--gpu-memory", "80", *keeps, "--offload", "experts"))
+    choices = keeps, (*keeps, "--offload", "experts"), ("--keep",)
+    on_gpu, offloaded, nothing = (plan("--gpu-memory", "80", *choice).peak / 2**30 for choice in choices)
     assert nothing < offloaded < on_gpu
     room_for_two_layers, room_for_none = str((offloaded + on_gpu) / 2), str((nothing + offloaded) / 2)
     with pytest.raises(SystemExit, match=r"does not fit: .* It fits with --offload experts\."):

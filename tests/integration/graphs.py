@@ -15,9 +15,9 @@ from qwen3_moe_integration.offload import Claim, Offloaded, Places
 class Redone:
     """Takes the place of a device and of its random numbers, and keeps where these stood whenever work was done."""
 
-    def __init__(self, device: torch.device, places: int):
+    def __init__(self, device: torch.device):
         self.generator = self
-        self.buffers, self.places = recording.Buffers(), Places(device, places)
+        self.buffers, self.places = recording.Buffers(), Places(device)
         self.recorded = self.offset = 0
         self.offsets: list[int] = []
         made.append(self)

@@ -16,8 +16,8 @@ from tests.integration.lora import config, pair
 from tests.integration.models import Tiny
 
 
-def in_graphs(model: nn.Module, offload=KEEPABLE, places: int = 2) -> nn.Module:
-    return enable_graphed_checkpointing(model, keep=KEEPABLE, offload=offload, places=places)
+def in_graphs(model: nn.Module, offload=KEEPABLE) -> nn.Module:
+    return enable_graphed_checkpointing(model, keep=KEEPABLE, offload=offload)
 
 
 def model_of(source, device: str, count: int = 4, **sizes: Any) -> nn.Module:
@@ -26,13 +26,11 @@ def model_of(source, device: str, count: int = 4, **sizes: Any) -> nn.Module:
     return model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
 
 
-def twins_of(
-    source, device: str, count: int = 4, offload=KEEPABLE, places: int = 2, **sizes: Any
-) -> tuple[nn.Module, nn.Module]:
+def twins_of(source, device: str, count: int = 4, offload=KEEPABLE, **sizes: Any) -> tuple[nn.Module, nn.Module]:
     """Two models with the same weights and adapters, that keep the same: offloaded, and on the device."""
     model = model_of(source, device, count, **sizes)
     other = copy.deepcopy(model)
-    return in_graphs(model, offload, places), in_graphs(other, ())
+    return in_graphs(model, offload), in_graphs(other, ())
 
 
 def places_of(model: nn.Module) -> Places:

@@ -26,8 +26,6 @@ from tests.integration.offloading import (
 )
 
 OFFLOADED = [("attention",), ("experts",), KEEPABLE]
-several = pytest.mark.parametrize("places", [2, 3, 4])
-"""Of what models with 4 layers offload."""
 
 
 device = graphs.device
@@ -60,11 +58,10 @@ def test_dropout_of_the_experts_adapters_is_that_of_forward(source, device):
     assert_same_steps(*models, [tokens(device=device) for _ in range(5)])
 
 
-@several
 @pytest.mark.parametrize("offload", OFFLOADED)
-def test_what_backward_reads_may_come_from_the_host_alone(source, device, offload, monkeypatch, places):
+def test_what_backward_reads_may_come_from_the_host_alone(source, device, offload, monkeypatch):
     graphs.empty_places(monkeypatch.setattr)
-    models = twins_of(source, device, 4, offload, places)
+    models = twins_of(source, device, 4, offload)
     assert_same_steps(*models, [tokens(device=device) for _ in range(4)])
 
 
@@ -89,9 +86,8 @@ def test_what_is_on_the_host_is_what_backward_reads(source, device, monkeypatch)
 
 
 @pytest.mark.usefixtures("none_is_checkpointed_as_usual")
-@several
-def test_gradients_add_up_and_evaluation_may_come_between(source, device, places):
-    models, batches = twins_of(source, device, places=places), [tokens(device=device) for _ in range(6)]
+def test_gradients_add_up_and_evaluation_may_come_between(source, device):
+    models, batches = twins_of(source, device), [tokens(device=device) for _ in range(6)]
 
     def run(model: nn.Module) -> None:
         for batch in batches:
@@ -104,9 +100,8 @@ def test_gradients_add_up_and_evaluation_may_come_between(source, device, places
 
 
 @pytest.mark.usefixtures("none_is_checkpointed_as_usual")
-@several
-def test_forms_of_calls_may_alternate(source, device, places):
-    models = twins_of(source, device, places=places)
+def test_forms_of_calls_may_alternate(source, device):
+    models = twins_of(source, device)
     assert_same_steps(*models, [tokens(length=length, device=device) for length in (13, 7, 13, 7, 7, 13, 13, 7)])
     assert recordings(models[0]) == 2 * 4
 
@@ -114,9 +109,8 @@ def test_forms_of_calls_may_alternate(source, device, places):
 @pytest.mark.usefixtures("none_is_checkpointed_as_usual")
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("shapes", [((2, 13), (2, 7)), ((2, 6), (3, 4))], ids=["other sizes", "the same size"])
-@several
-def test_two_forms_may_wait_for_backward_at_once(source, device, places, order, shapes):
-    models = twins_of(source, device, places=places)
+def test_two_forms_may_wait_for_backward_at_once(source, device, order, shapes):
+    models = twins_of(source, device)
     batches = [tokens(*shape, device=device) for shape in shapes]
     assert_same_steps(*models, batches * 2)
 
@@ -130,9 +124,8 @@ def test_two_forms_may_wait_for_backward_at_once(source, device, places, order, 
     assert recordings(models[0]) == 2 * 4
 
 
-@several
-def test_backward_twice_is_right_or_refused(source, device, places):
-    models, batch = twins_of(source, device, places=places), tokens(device=device)
+def test_backward_twice_is_right_or_refused(source, device):
+    models, batch = twins_of(source, device), tokens(device=device)
     assert_same_steps(*models, [tokens(device=device) for _ in range(2)])
 
     def run(model: nn.Module) -> None:
@@ -151,9 +144,8 @@ def test_backward_twice_is_right_or_refused(source, device, places):
     assert_same_steps(*models, [tokens(device=device) for _ in range(2)])
 
 
-@several
-def test_a_backward_that_stops_half_way_leaves_nothing_behind(source, device, places):
-    models, batch = twins_of(source, device, places=places), tokens(device=device)
+def test_a_backward_that_stops_half_way_leaves_nothing_behind(source, device):
+    models, batch = twins_of(source, device), tokens(device=device)
     assert_same_steps(*models, [tokens(device=device) for _ in range(2)])
 
     def run(model: nn.Module) -> None:
@@ -191,11 +183,6 @@ def test_what_is_not_kept_cannot_be_offloaded():
         enable_graphed_checkpointing(QWEN3.build(), keep=["attention"], offload=["experts"])
 
 
-def test_a_single_place_is_none_to_take_in_turn():
-    with pytest.raises(ValueError, match="places must be at least 2, got 1"):
-        enable_graphed_checkpointing(QWEN3.build(), keep=["experts"], offload=["experts"], places=1)
-
-
 def test_host_memory_that_cannot_be_pinned_is_an_error_that_names_it(monkeypatch):
     asked = []
     refuses = SimpleNamespace(cudaHostRegister=lambda *what: asked.append(what) or 2)
@@ -213,11 +200,10 @@ WIDE = {
 
 
 @pytest.mark.gpu
-@several
 @pytest.mark.parametrize("again", range(3))
-def test_copies_that_take_longer_than_layers_are_waited_for(source, again, places):
+def test_copies_that_take_longer_than_layers_are_waited_for(source, again):
     graphed._warn_once.cache_clear()
-    models = twins_of(source, "cuda", 6, places=places, **WIDE)
+    models = twins_of(source, "cuda", 6, **WIDE)
     assert_same_steps(*models, [tokens(128, 64, device="cuda") for _ in range(10)])
     batches = [tokens(128, 64, device="cuda") for _ in range(4)]
 
@@ -230,11 +216,10 @@ def test_copies_that_take_longer_than_layers_are_waited_for(source, again, place
 
 
 @pytest.mark.gpu
-@several
-def test_the_device_has_as_much_memory_more_as_layers_without_a_place_keep(source, places):
+def test_the_device_has_as_much_memory_more_as_all_but_two_layers_keep(source):
     taken, batch, count, first = {}, tokens(32, 128, device="cuda"), 6, model_of(source, "cuda", 6, **WIDE)
     for offload in (KEEPABLE, (), KEEPABLE):  # once more, for the first time libraries take memory of their own
-        model = in_graphs(copy.deepcopy(first), offload, places)
+        model = in_graphs(copy.deepcopy(first), offload)
         gc.collect()
         before = torch.cuda.memory_allocated()
         for _ in range(3):
@@ -243,7 +228,7 @@ def test_the_device_has_as_much_memory_more_as_layers_without_a_place_keep(sourc
         taken[offload] = torch.cuda.memory_allocated() - before
         a_layer = sum(x.nbytes for x in kept(model)[0])
         del model
-    assert taken[()] - taken[KEEPABLE] == pytest.approx((count - places) * a_layer, rel=0.1)
+    assert taken[()] - taken[KEEPABLE] == pytest.approx((count - 2) * a_layer, rel=0.1)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,5 @@
-"""The places of what is offloaded: layers take them in turn, the last ones find theirs where forward left it, what the
-others keep comes back as early as a place is free, and no copy is made that is not needed."""
+"""The two places of what is offloaded: layers take them in turn, the last two find theirs where forward left it, what
+the others keep comes back as early as a place is free, and no copy is made that is not needed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3_moe_integration.offload import Claim, Offloaded, Places
+from qwen3_moe_integration.offload import Claim, Offloaded
 from tests.integration import graphs
 from tests.integration.graphs import assert_same_steps, kept, layers, recordings
 from tests.integration.models import tokens
@@ -21,25 +21,25 @@ from tests.integration.offloading import (
     twins_of,
 )
 
-SIZES = [(2, 1), (2, 2), (2, 3), (2, 5), (3, 2), (3, 3), (3, 4), (3, 7), (4, 3), (4, 6), (8, 5)]
-"""Places and layers: fewer layers than places, as many, more, and more than two turns."""
+COUNTS = range(1, 8)
+"""Of layers: fewer than places, as many, more, and more than two turns."""
 device = graphs.device
 
 
-def order_of_a_step(places: int, count: int) -> list[tuple[str, int]]:
+def order_of_a_step(count: int) -> list[tuple[str, int]]:
     """What is asked of a GPU in one step of training, and for which of ``count`` layers."""
     order = [(what, layer) for layer in range(count) for what in ("forward", "store")]
     for layer in reversed(range(count)):
-        if layer != count - 1 and layer - places + 1 >= 0:
-            order.append(("fetch", layer - places + 1))  # to the place of the layer after this one
+        if 1 <= layer < count - 1:
+            order.append(("fetch", layer - 1))  # to the place of the layer after this one
         order.append(("backward", layer))
     return order
 
 
-@pytest.mark.parametrize(("places", "count"), SIZES)
-def test_copies_come_as_early_as_a_place_is_free_and_none_that_is_not_needed(source, monkeypatch, places, count):
+@pytest.mark.parametrize("count", COUNTS)
+def test_copies_come_as_early_as_a_place_is_free_and_none_that_is_not_needed(source, monkeypatch, count):
     graphs.stand_in(monkeypatch.setattr)
-    model, held, order = in_graphs(model_of(source, "cpu", count), places=places), [], []
+    model, held, order = in_graphs(model_of(source, "cpu", count)), [], []
     for _ in range(2):
         held.append(loss(model, tokens()))  # or what is over would be gone
         held[-1].backward()
@@ -53,7 +53,7 @@ def test_copies_come_as_early_as_a_place_is_free_and_none_that_is_not_needed(sou
     def copied(to: torch.Tensor, source: torch.Tensor, after: Any) -> tuple[str, int]:
         kind, host, place = ("store", to, source) if any(to is each for each in hosts) else ("fetch", source, to)
         layer = next(number for number, each in enumerate(hosts) if host is each)
-        assert place is memory[layer] is memory[layer % places]
+        assert place is memory[layer] is memory[layer % 2]
         return kind, layer
 
     note(places_of(model), "copy", copied)
@@ -63,8 +63,8 @@ def test_copies_come_as_early_as_a_place_is_free_and_none_that_is_not_needed(sou
     result = loss(model, tokens())
     assert order[-1] == ("forward", count - 1), "nothing is copied while the loss may ask for a number"
     result.backward()
-    assert order == order_of_a_step(places, count)
-    assert len({each.data_ptr() for each in memory}) == min(places, count)
+    assert order == order_of_a_step(count)
+    assert len({each.data_ptr() for each in memory}) == min(2, count)
 
 
 @pytest.fixture
@@ -89,61 +89,44 @@ def emptied(monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("emptied")
-@pytest.mark.parametrize(("places", "count"), SIZES)
-def test_training_equals_what_is_kept_on_the_device(source, device, places, count):
-    models = twins_of(source, device, count, places=places)
+@pytest.mark.parametrize("count", COUNTS)
+def test_training_equals_what_is_kept_on_the_device(source, device, count):
+    models = twins_of(source, device, count)
     assert_same_steps(*models, [tokens(device=device) for _ in range(4)])
     assert recordings(models[0]) == count
 
 
-def test_as_many_layers_as_there_are_places_and_no_more_take_the_device_s_memory(source, device):
-    for places, counts in ((2, (1, 2, 3, 5)), (4, (2, 4, 5))):
-        for count in counts:
-            model = in_graphs(model_of(source, device, count), places=places)
-            for _ in range(2):
-                loss(model, tokens(device=device)).backward()
-            tensors = [x for each in kept(model) for x in each]
-            a_layer = sum(x.nbytes for x in kept(model)[0])
-            on_device = sum({x.data_ptr(): x.nbytes for x in tensors}.values())
-            assert on_device == min(places, count) * a_layer
-            assert len({x.untyped_storage().data_ptr() for x in tensors}) == min(places, count)
-            for each in offloaded_of(model):
-                assert a_layer <= each._host.nbytes == each.place.memory.nbytes < a_layer + 512 * len(kept(model)[0])
+def test_two_layers_and_no_more_take_the_device_s_memory(source, device):
+    for count in (1, 2, 3, 5):
+        model = in_graphs(model_of(source, device, count))
+        for _ in range(2):
+            loss(model, tokens(device=device)).backward()
+        tensors = [x for each in kept(model) for x in each]
+        a_layer = sum(x.nbytes for x in kept(model)[0])
+        on_device = sum({x.data_ptr(): x.nbytes for x in tensors}.values())
+        assert on_device == min(2, count) * a_layer
+        assert len({x.untyped_storage().data_ptr() for x in tensors}) == min(2, count)
+        for each in offloaded_of(model):
+            assert a_layer <= each._host.nbytes == each.place.memory.nbytes < a_layer + 512 * len(kept(model)[0])
 
 
 @pytest.mark.usefixtures("emptied")
-@pytest.mark.parametrize("places", [2, 3, 4])
-def test_a_layer_recorded_after_its_neighbours_may_have_the_place_of_one(source, device, places):
-    models = twins_of(source, device, places=places)
+def test_a_layer_recorded_after_its_neighbours_may_have_the_place_of_one(source, device):
+    models = twins_of(source, device)
     hooks = [layers(model)[1].register_forward_hook(lambda *_: None) for model in models]
     assert_same_steps(*models, [tokens(device=device) for _ in range(2)])
     for hook in hooks:
         hook.remove()
     assert_same_steps(*models, [tokens(device=device) for _ in range(4)])
     taken = [each.place for each in offloaded_of(models[0])]  # recorded in the order 0, 2, 3, 1
-    made = taken[0], taken[2], taken[3]
-    assert len(set(made)) == min(places, 3) and taken[1] is taken[2]
-    assert (taken[3] is taken[0]) == (places == 2)
+    assert len(set(taken)) == 2 and taken[1] is taken[2] and taken[3] is taken[0]
 
 
 def test_forms_of_other_sizes_have_places_of_their_own(source, device):
-    models = twins_of(source, device, 3, places=3)
+    models = twins_of(source, device, 3)
     assert_same_steps(*models, [tokens(length=length, device=device) for length in (13, 7) * 3])
     sizes = [each.place.memory.nbytes for each in offloaded_of(models[0])]
-    assert len(set(sizes)) == 2 and len({each.place for each in offloaded_of(models[0])}) == 2 * 3
-
-
-def test_a_place_is_made_when_its_first_turn_comes():
-    places = Places(torch.device("cpu"), 3)
-    made = []
-    for _ in range(7):
-        made.append(places.turn(1024))
-        last = Claim()
-        last.offloaded = type("Recorded", (), {"place": made[-1]})
-        places.last = lambda last=last: last
-        assert len(places._places[1024]) == min(3, len(made))
-    assert made == made[:3] * 2 + made[:1]
-    assert places.turn(2048).memory.nbytes == 2048, "the first of its size"
+    assert len(set(sizes)) == 2 and len({each.place for each in offloaded_of(models[0])}) == 2 * 2
 
 
 def test_what_no_backward_will_read_is_not_copied(source, monkeypatch):

@@ -27,9 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--graphs", action="store_true", help="decoder layers in CUDA graphs")
     parser.add_argument("--keep", nargs="*", choices=KEEPABLE, default=(), help="what graphs keep for backward")
     parser.add_argument("--offload", nargs="*", choices=KEEPABLE, default=(), help="what of --keep waits on the host")
-    parser.add_argument(
-        "--places", type=int, default=Step.places, help="layers whose --offload the card has too (default: %(default)s)"
-    )
     parser.add_argument("--no-byte-permutes", action="store_true", help="a card that is no NVIDIA one from sm_80 on")
     parser.add_argument("--gpu-memory", type=float, default=24.0, help="GiB of the card (default: %(default)s)")
 
@@ -56,7 +53,6 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         graphs=arguments.graphs,
         keep=tuple(arguments.keep),
         offload=tuple(arguments.offload),
-        places=arguments.places,
         byte_permutes=not arguments.no_byte_permutes,
     )
     return make_plan(model, step, arguments.gpu_memory * GIB)

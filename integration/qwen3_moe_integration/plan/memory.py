@@ -12,7 +12,7 @@ The peak is the largest of three moments: the loss, with everything kept and no 
 last, with nothing kept but all gradients. Between those two, what is kept shrinks as evenly as gradients grow. Layers
 in CUDA graphs have memory of their own, which nothing else may use, so it counts in all three; PyTorch reports it as
 reserved, not as allocated. What goes in and comes out of the graphs has a place of its own, and so has, for each layer,
-what they are asked to keep from forward to backward; of what is offloaded to the host, as many layers as it has places.
+what they are asked to keep from forward to backward; of what is offloaded to the host, two layers have.
 """
 
 from dataclasses import dataclass, replace
@@ -57,7 +57,6 @@ class Step:
     keep: what graphs keep from forward to backward: any of "attention", "experts" and "projections"; the last two are
         counted for any model, though only layers of Qwen3-MoE keep them.
     offload: what of that waits in host memory.
-    places: of how many layers the GPU has what is offloaded.
     byte_permutes: whether the card is an NVIDIA one from sm_80 on, which decodes 4-bit weights in registers.
     """
 
@@ -74,7 +73,6 @@ class Step:
     graphs: bool = False
     keep: tuple[str, ...] = ()
     offload: tuple[str, ...] = ()
-    places: int = 2
     byte_permutes: bool = True
 
     @property
@@ -185,7 +183,7 @@ def host_bytes(model: Shapes, step: Step) -> float:
 
 def _layers_on_gpu(model: Shapes, step: Step, name: str) -> int:
     """Of how many layers the GPU has what is kept by this name."""
-    return min(step.places, model.layers) if name in step.offload else model.layers
+    return min(2, model.layers) if name in step.offload else model.layers
 
 
 def moments(model: Shapes, step: Step, adapters: float) -> list[Moment]:

@@ -31,9 +31,7 @@ class Plan:
         rows = [f"{name:18s}{size / GIB:8.2f} GiB" for name, size in self.parts.items()]
         verdict = "fits" if self.fits else "does not fit"
         rows += ["-" * 30, f"{'peak':18s}{self.peak / GIB:8.2f} GiB"]
-        if self.host:
-            on_gpu = f"of {self.step.places} layers at most on the GPU too"
-            rows += [f"{'host, pinned':18s}{self.host / GIB:8.2f} GiB, {on_gpu}"]
+        rows += [f"{'host, pinned':18s}{self.host / GIB:8.2f} GiB"] if self.host else []
         rows += [f"{self.step.seq_len} tokens per sequence: {verdict} in {self.memory / GIB:g} GiB."]
         if self.longest:
             rows += [f"The longest sequence that fits has {self.longest} tokens."]
@@ -47,8 +45,8 @@ def make_plan(model: nn.Module, step: Step, memory: float) -> Plan:
 
     Raises:
         ValueError: a size of the step or of the card is not positive, or the card's infinite, something is kept without
-            graphs or is nothing to keep, something is offloaded that is not kept, there are fewer than two places for
-            it, or the model has no stacks of experts.
+            graphs or is nothing to keep, something is offloaded that is not kept, or the model has no stacks of
+            experts.
     """
     for name in ("seq_len", "batch_size"):
         if getattr(step, name) < 1:
@@ -64,8 +62,6 @@ def make_plan(model: nn.Module, step: Step, memory: float) -> Plan:
         raise ValueError("keep is for layers in CUDA graphs; it wants graphs=True, got False")
     if not set(step.offload) <= set(step.keep):
         raise ValueError(f"offload must hold names among those of keep, {step.keep!r}, got {step.offload!r}")
-    if step.places < 2:
-        raise ValueError(f"places must be at least 2, got {step.places}")
     sizes = shapes(model)
     longest = longest_sequence(sizes, step, memory)
     return Plan(step, estimate(sizes, step), memory, longest, host_bytes(sizes, step))
