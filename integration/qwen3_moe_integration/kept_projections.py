@@ -58,5 +58,5 @@ class KeptProjections:
 
 
 def keeps_projections(layer: nn.Module) -> bool:
-    """Whether a layer, as far as is known, changes none of them in place."""
-    return isinstance(layer, Qwen3MoeDecoderLayer)
+    """Whether a layer has none but attention's, and, as far as is known, changes none of them in place."""
+    return isinstance(layer, Qwen3MoeDecoderLayer) and hasattr(layer.mlp, "experts")

@@ -5,7 +5,7 @@ kernels in order. LoRA on attention and all experts is 12 parameters a layer, 57
 step in which the GPU has nothing to do.
 
 The kernel, in ``adam_kernel``, reads and writes the states of bitsandbytes' own, which does all it does not take:
-parameters whose states are in fp32, such that are not contiguous, paged states, and devices other than NVIDIA's.
+parameters whose states are in fp32, those that are not contiguous, paged states, and devices other than NVIDIA's.
 """
 
 import functools
@@ -23,6 +23,8 @@ except ImportError:  # no Triton for this system
 
 DEVICES = ("cuda",) if adam_step is not None and torch.version.cuda is not None else ()
 """Where the kernel runs: PyTorch calls AMD's GPUs cuda, too."""
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class AdamW8bit(bitsandbytes.optim.AdamW8bit):
@@ -64,6 +66,7 @@ def _is_for_kernel(p: torch.nn.Parameter, state: dict[str, Any]) -> bool:
         and state["state1"].dtype == torch.uint8
         and type(p) in (torch.Tensor, torch.nn.Parameter)  # a DTensor has other sizes than its memory
         and p.dtype == grad.dtype
+        and p.dtype in DTYPES
         and p.is_contiguous()
         and grad.is_contiguous()
         and _has_dynamic_maps(p.device, state)

@@ -226,7 +226,7 @@ def test_a_block_of_zeros_stays_one(device):
 
 
 @either
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_an_element_without_a_finite_gradient_is_passed_over(device, value):
     """And changes nothing for the others of its block."""
     here, p_at_first = 3, torch.ones(2 * BLOCK, device=device)

@@ -238,12 +238,14 @@ def test_a_model_without_layers_in_4_bit_keeps_none(device):
 
 
 def test_layers_that_may_change_them_in_place_keep_none(stock):
-    """Of another model's, rotary embeddings may write to what the projections gave."""
+    """Another model may write to what they gave by its rotary embeddings, Qwen3-MoE with a dense MLP by the backward of
+    Liger's SwiGLU."""
     layer = layers(enable_fused_linear_lora(stock))[0]
     other = nn.Module()
     other.self_attn, other.mlp = layer.self_attn, layer.mlp
-    kinds = [[type(part) for part in Kept(each, ["projections"])._parts] for each in (layer, other)]
-    assert KeptProjections in kinds[0] and KeptProjections not in kinds[1]
+    dense = layers(QWEN3.build(mlp_only_layers=[0]))[0]
+    kinds = [[type(part) for part in Kept(each, ["projections"])._parts] for each in (layer, other, dense)]
+    assert [KeptProjections in each for each in kinds] == [True, False, False]
 
 
 def test_a_layer_keeps_as_much_as_is_planned(registered, tmp_path, monkeypatch):
