@@ -22,18 +22,11 @@ from unittest.mock import patch
 
 import torch
 
+from tests.integration.distributed.ranks import start_server
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ROOT / "tests/packages"
 """Stand-ins for packages that need a GPU."""
-PRELOADED = [
-    "torch",
-    "datasets",
-    "kernels",
-    "bitsandbytes",
-    "peft",
-    "transformers.models.qwen3_moe.modeling_qwen3_moe",
-    "trl.trainer.sft_trainer",
-]
 
 _FENCE = re.compile(r"(?:<!-- needs: (?P<needs>\w+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 
@@ -69,8 +62,9 @@ def in_own_process(function: Callable, *arguments: Any, folder: Path, environmen
     which it decides as it is imported.
     """
     new = torch.cuda.is_available() or "TRITON_INTERPRET" in environment
+    if not new:
+        start_server()  # there is one in a run of tests, whoever needs it first
     context = multiprocessing.get_context("spawn" if new else "forkserver")
-    multiprocessing.set_forkserver_preload(PRELOADED)
     log = folder.with_suffix(".log")
     process = context.Process(target=_call, args=(function, arguments, folder, environment, log))
     with patch.dict(os.environ, environment):

@@ -19,14 +19,24 @@ from typing import Any, Optional
 import torch
 from torch import distributed
 
-LIBRARIES = ("accelerate", "bitsandbytes", "kernels", "transformers.models.qwen3_moe.modeling_qwen3_moe", "trl", "peft")
+LIBRARIES = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "kernels",
+    "peft",
+    "torch.distributed.fsdp",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    "transformers.trainer",
+    "trl.trainer.sft_trainer",
+)
 SECONDS = 60
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def start_server() -> None:
     """Its environment, which every rank gets, has one thread, no GPU, and for TRL's loss Triton's interpreter."""
-    _CONTEXT.set_forkserver_preload([*LIBRARIES, "transformers.trainer", "torch.distributed.fsdp"])
+    _CONTEXT.set_forkserver_preload([*LIBRARIES])
     with _environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TRITON_INTERPRET="1"):
         forkserver.ensure_running()
 
