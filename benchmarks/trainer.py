@@ -138,7 +138,7 @@ def record(result: dict, folder: Path, run: dict) -> None:
     lines += [f"{result['environment']['device']}, torch {result['environment']['torch']}", ""]
     lines += ["| | tokens a second | peak GiB | reserved GiB |", "|---|---:|---:|---:|"]
     for run in result["runs"]:
-        memory = " | ".join(_gib(run.get(name)) for name in ("peak_mib", "reserved_mib"))
+        memory = " | ".join(_gib(run.get(f"{kind}_mib")) for kind in ("peak", "reserved"))
         lines.append(f"| {run['what']} | {run['tokens_per_second']:.0f} | {memory} |")
     write_whole(folder / f"{name}.md", "\n".join(lines) + "\n")
 

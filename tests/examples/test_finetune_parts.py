@@ -106,6 +106,29 @@ def test_the_trainer_asks_no_step_for_its_values(finetune, kernel_dir, tmp_path,
     assert set(files[steps[1] : steps[4]]) == (set() if graphs else {"masking_utils.py"})
 
 
+def test_what_a_run_may_take_is_set_before_it_loads_anything(finetune, monkeypatch):
+    """12 GiB of a card with 48, less the 0.6 of a context."""
+    fractions, loads = [], pytest.raises(RuntimeError, match="loads")
+    monkeypatch.setattr(finetune, "ON_GPU", True)
+    monkeypatch.setattr(finetune, "check", lambda options: None)
+    monkeypatch.setattr(finetune, "PartialState", lambda cpu: SimpleNamespace())
+    monkeypatch.setattr(finetune, "read_texts", lambda *_: [])
+
+    def load_base(*_) -> None:
+        raise RuntimeError("loads")
+
+    monkeypatch.setattr(finetune, "load_base", load_base)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=48 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    for memory in ("12", "96"):
+        with loads:
+            finetune.train(finetune.parse(["--model", "any", "--gpu-memory", memory]))
+    with loads:
+        finetune.train(finetune.parse(["--model", "any"]))
+    assert fractions == pytest.approx([(12 - 0.6) / 48, 1.0])
+
+
 @pytest.mark.gpu
 def test_a_run_gets_no_more_of_the_gpu_than_it_may(finetune):
     """1 GiB beside what this process has, and the 0.6 of a context."""

@@ -24,7 +24,7 @@ from qwen3_moe_integration.kept import KEEPABLE, Kept
 from qwen3_moe_integration.kept_projections import KeptProjections
 from qwen3_moe_integration.plan import Step
 from qwen3_moe_integration.plan.memory import KEPT_BYTES, shapes, unread_projections_bytes
-from tests.integration import graphs
+from tests.integration import graphs, test_lora_linear_training
 from tests.integration.graphs import assert_same_steps, kept, layers, recordings
 from tests.integration.lora import config, with_adapters
 from tests.integration.models import QWEN3, tokens
@@ -39,15 +39,7 @@ WIDTHS = [4 * 16, 2 * 16, 2 * 16, 64]
 """Of what the layers of ``SIZES`` give, in the order in which they are called."""
 
 device = graphs.device
-
-
-@pytest.fixture
-def stock(registered, device, tmp_path) -> nn.Module:
-    """Attention and experts in 4 bit, computing in fp32, with adapters."""
-    checkpoint(tmp_path, **SIZES)
-    settings = MoeBitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32)
-    model = load(tmp_path, settings, dtype=torch.float32, device_map=device)
-    return with_adapters(model, config(target_modules=ATTENTION)).train()
+stock = test_lora_linear_training.stock
 
 
 def twins(model: nn.Module, keep=("projections",), offload=()) -> tuple[nn.Module, nn.Module]:
