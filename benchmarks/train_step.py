@@ -128,11 +128,23 @@ def main(argv: list[str] | None = None) -> None:
         )
         planned = make_plan(in_full, wanted, 24 * GIB)
         run["planned_gib"] = (planned.peak - planned.parts["CUDA context"]) / GIB
-    kind = ("-stock" if options.stock else "") + ("-graphs" if options.graphs else "")
-    kind += "-".join(["-keep", *options.keep]) if options.keep else ""
-    kind += "-".join(["-offload", *options.offload]) if options.offload else ""
-    kind += "-peft-attention" if options.peft_attention else ""
-    write(result, options.out, f"train_step-{options.layers}-layers{kind}")
+    write(result, options.out, f"train_step-{options.layers}-layers{kind(options)}")
+
+
+def kind(options: argparse.Namespace) -> str:
+    """What tells a run's files from those of others with as many layers."""
+    flags = {
+        "stock": options.stock,
+        "graphs": options.graphs,
+        "keep": options.keep,
+        "offload": options.offload,
+        "no-liger": not options.liger,
+        "loss-chunk": options.loss_chunk != LOSS_CHUNK and [str(options.loss_chunk)],
+        "peft-attention": options.peft_attention,
+        "compile": options.compile,
+    }
+    words = ([name, *(value if isinstance(value, list) else ())] for name, value in flags.items() if value)
+    return "".join(f"-{word}" for each in words for word in each)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,7 @@ def generate(options: argparse.Namespace, model: Path, adapter: Path | None, com
     return {
         "what": " ".join(["generate.py", *kept]),
         "tokens_per_second": number(table, "then, tokens a second"),
+        "prompt_tokens_per_second": number(table, "prompt, tokens a second"),
         "peak_mib": number(table, "peak"),
     }
 

@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import subprocess
+from datetime import datetime, timezone
 from pathlib import Path
 from types import ModuleType
 
@@ -14,11 +15,16 @@ import torch
 from .measure import summary, time_calls
 from .peers import installed
 
-PACKAGES = ("torch", "triton", "transformers", "kernels", "liger-kernel", "scattermoe")
+PACKAGES = (
+    *("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "kernels"),
+    *("liger-kernel", "scattermoe", "unsloth"),
+)
 
 
 def environment(device: str) -> dict:
-    found = {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}, "device": "CPU"}
+    today = datetime.now(timezone.utc).date().isoformat()
+    found = {"date": today, "python": platform.python_version(), **{name: installed(name) for name in PACKAGES}}
+    found["device"] = "CPU"
     found["torch"] = torch.__version__  # with the build it is, which the distribution's version may leave out
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)

@@ -14,6 +14,8 @@ from typing import Any, Callable
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from .environment import environment
@@ -144,7 +146,9 @@ def profiled(step: Step, ids: torch.Tensor, device: str, steps: int = 3) -> dict
         synchronize(device)
     spent = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     events = sorted(recorded.key_averages(), key=lambda event: -getattr(event, spent))
-    busy = sum(getattr(event, spent) for event in events) / steps
+    total = sum(getattr(event, spent) for event in events) / steps
+    spans = [(each.time_range.start, each.time_range.end) for each in recorded.events() if _is_on(each, device)]
+    busy = _covered(spans) / steps
     kernels = [
         {"name": event.key, "launches": event.count / steps, "us": getattr(event, spent) / steps}
         for event in events
@@ -154,9 +158,23 @@ def profiled(step: Step, ids: torch.Tensor, device: str, steps: int = 3) -> dict
         "tokens": ids.numel(),
         "step_us": elapsed,
         "busy_us": busy,
+        "kernels_us": total,
         "idle": 1 - busy / elapsed,
         "kernels": kernels,
     }
+
+
+def _is_on(event: FunctionEvent, device: str) -> bool:
+    return event.device_type == (DeviceType.CUDA if device == "cuda" else DeviceType.CPU)
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """How long at least one of them lasts: copies run beside kernels."""
+    covered, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        covered += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return covered
 
 
 def write(result: dict, folder: Path, name: str) -> None:
@@ -185,7 +203,7 @@ def write(result: dict, folder: Path, name: str) -> None:
         lines += ["", f"## {found['tokens']} tokens: {found['step_us'] / 1e3:.1f} ms, GPU idle {found['idle']:.0%}", ""]
         lines += ["| launches | us | share | what |", "| ---: | ---: | ---: | --- |"]
         for row in found["kernels"][:40]:
-            share = row["us"] / found["busy_us"]
+            share = row["us"] / found["kernels_us"]
             lines.append(f"| {row['launches']:g} | {row['us']:.0f} | {share:.0%} | {row['name'][:100]} |")
     write_whole(folder / f"{name}.md", "\n".join(lines) + "\n")
     print("\n".join(lines[:60]))

@@ -16,5 +16,6 @@ def test_the_scripts_train_and_generate(kernel_dir, tmp_path):
     ways = [[], ["--compile"], ["--adapter"], ["--adapter", "--compile"]]
     assert [run["what"].split()[1:] for run in generated] == ways
     assert all(run["tokens_per_second"] > 0 and run["peak_mib"] > 100 for run in result["runs"])
+    assert all(run["prompt_tokens_per_second"] > 0 for run in generated)
     table = (tmp_path / "trainer-1-layers.md").read_text()
     assert f"| {trained['what']} | {trained['tokens_per_second']:.0f} |" in table and table.count("\n| gen") == 4
