@@ -18,7 +18,15 @@ GIB = 2**30
 LIGER = DEVICE == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 OFF_BY = 0.03
 """By how much a step in graphs may take more than is planned; measured."""
-TRIED = ("attention", ()), ("experts", ()), ("experts", ("experts",)), ("projections", ())
+TRIED = (
+    ("attention", ()),
+    ("experts", ()),
+    ("experts", ("experts",)),
+    ("o_proj", ()),
+    ("k_proj", ()),
+    ("v_proj", ()),
+    ("q_proj", ()),
+)
 """What graphs may keep, and what of it they offload then. What saves most time for its memory comes first; experts are
 offloaded only if they do not fit otherwise."""
 LOSS_CHUNK = 16

@@ -50,19 +50,20 @@ def enable_graphed_checkpointing(
             autocast, trained parameters or active adapters do, or if a parameter has moved; where ranks share out the
             experts, also if another rank's do.
         keep: what is kept from forward to backward, which then need not compute it again: any of "attention",
-            "experts" and "projections". It takes memory from the first recording on, for each form of call; a form's
-            next forward uses it again, and so is checkpointed as usual, with a warning, while an earlier one waits for
-            its backward. In 16 bit, for each token and layer, beside the 4 KiB of Qwen3-30B-A3B that checkpointing
-            itself keeps:
+            "experts", "o_proj", "k_proj", "v_proj" and "q_proj". It takes memory from the first recording on, for each
+            form of call; a form's next forward uses it again, and so is checkpointed as usual, with a warning, while an
+            earlier one waits for its backward. In 16 bit, for each token and layer, beside the 4 KiB of Qwen3-30B-A3B
+            that checkpointing itself keeps:
 
             - "attention", what PyTorch's ``scaled_dot_product_attention`` computes without dropout: (2 * head_dim + 4)
               bytes a head, 8.1 KiB for Qwen3-30B-A3B.
             - "experts", what their backward reads, in layers of Qwen3-MoE on a kernel that has ``keeping``: for each of
               the top_k experts 4 bytes a column of its intermediate size, 2 a rank of its adapters, and an index: 24.5
               KiB for Qwen3-30B-A3B with adapters of rank 16.
-            - "projections", the results and low-rank products of attention's linear layers, in layers of Qwen3-MoE,
-              where ``enable_fused_linear_lora`` has them computed: 2 bytes a number, 14.1 KiB for Qwen3-30B-A3B with
-              adapters of rank 16.
+            - "o_proj", "k_proj", "v_proj", "q_proj", the result and low-rank product of this linear layer of attention,
+              in layers of Qwen3-MoE, where ``enable_fused_linear_lora`` has it computed: 2 bytes a column and a rank,
+              for Qwen3-30B-A3B with adapters of rank 16 4.0, 1.0, 1.0 and 8.0 KiB. Of these, o_proj multiplies most
+              for what it keeps.
         offload: what of ``keep`` waits for backward in host memory, which is pinned, and is copied there and back while
             other layers compute. For each form of call it takes the GPU's memory for two layers, not for all.
 

@@ -15,11 +15,11 @@ from torch import nn
 
 from .kept_attention import KeptAttention
 from .kept_experts import Experts, KeptExperts, kernel_with_experts
-from .kept_projections import KeptProjections, keeps_projections
+from .kept_projections import KeptProjection, keeps_projections
 
 Tensor = torch.Tensor
 
-KEEPABLE = ("attention", "experts", "projections")
+KEEPABLE = ("attention", "experts", "o_proj", "k_proj", "v_proj", "q_proj")
 
 
 class Part(Protocol):
@@ -54,8 +54,9 @@ class Kept:
         if kernel is not None:
             keeps = "experts" in names and hasattr(kernel, "keeping")
             parts["experts"] = (KeptExperts if keeps else Experts)(kernel)
-        if "projections" in names and keeps_projections(layer):
-            parts["projections"] = KeptProjections()
+        if keeps_projections(layer):
+            linears = layer.self_attn.named_children()
+            parts |= {name: KeptProjection(linear) for name, linear in linears if name in names}
         self._parts = list(parts.values())
         self._offloaded = [part for name, part in parts.items() if name in offload]
 

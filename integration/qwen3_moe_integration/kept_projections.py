@@ -18,11 +18,12 @@ from .lora_linear import Products, products_from
 Tensor = torch.Tensor
 
 
-class KeptProjections:
-    """Those layers that ``lora_linear`` computes with their adapters; PEFT's calls are computed twice. A
+class KeptProjection:
+    """One of these linear layers, if ``lora_linear`` computes it with its adapter; PEFT's calls are computed twice. A
     ``kept.Part``."""
 
-    def __init__(self):
+    def __init__(self, linear: nn.Module):
+        self._linear = linear
         self._kept: list[tuple[tuple, Products]] = []  # forms of calls and their products, as they were called
 
     @property
@@ -42,7 +43,7 @@ class KeptProjections:
                 self._kept.append((form, products))
             return products
 
-        return products_from(keep)
+        return products_from(self._linear, keep)
 
     def recomputation(self) -> AbstractContextManager:
         left = iter(self._kept)
@@ -54,9 +55,9 @@ class KeptProjections:
             out, low = products
             return out.detach(), low.detach()  # or autograd would take what is kept for the result of this one call
 
-        return products_from(give)
+        return products_from(self._linear, give)
 
 
 def keeps_projections(layer: nn.Module) -> bool:
-    """Whether a layer has none but attention's, and, as far as is known, changes none of them in place."""
-    return isinstance(layer, Qwen3MoeDecoderLayer) and hasattr(layer.mlp, "experts")
+    """Whether a layer, as far as is known, changes none of them in place."""
+    return isinstance(layer, Qwen3MoeDecoderLayer)

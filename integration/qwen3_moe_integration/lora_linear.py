@@ -12,10 +12,10 @@ who decodes it.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple, Optional
 
 import bitsandbytes
@@ -88,7 +88,7 @@ class Linear4bit(peft_bnb.Linear4bit):
         if lora is None:
             return super().forward(x, *args, **kwargs)
         kernel = sys.modules.get(self.kernel_name) if can_decode(x.device) else None
-        out = _AddLora.apply(x.reshape(-1, x.shape[-1]), lora.A, lora.B, self.base_layer, lora.scaling, kernel)
+        out = _AddLora.apply(x.reshape(-1, x.shape[-1]), lora.A, lora.B, self, lora.scaling, kernel)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def _plain_lora(self, x: Tensor) -> Optional[Lora]:
@@ -137,35 +137,37 @@ Products = tuple[Tensor, Tensor]
 """Of a call: the result (T, out), and x A^T (T, r)."""
 
 Source = Callable[[tuple, Callable[..., Products]], Products]
-"""``source(form, compute)`` gives a call's products. Calls differ in ``form`` if their layers or sizes do;
+"""``source(form, compute)`` gives the products of a layer's call. Calls differ in ``form`` if their sizes do;
 ``compute(place)`` computes them, in the memory of ``place`` if there is one."""
 
-_source: ContextVar[Source] = ContextVar("source", default=lambda form, compute: compute())
+_sources: ContextVar[Mapping[nn.Module, Source]] = ContextVar("sources", default=MappingProxyType({}))
 
 
 @contextmanager
-def products_from(source: Source) -> Iterator[None]:
-    """Inside, on this thread, what linear layers compute with their adapters comes from ``source``."""
-    before = _source.set(source)
+def products_from(linear: nn.Module, source: Source) -> Iterator[None]:
+    """Inside, on this thread, what ``linear`` computes with its adapter comes from ``source``."""
+    before = _sources.set({**_sources.get(), linear: source})
     try:
         yield
     finally:
-        _source.reset(before)
+        _sources.reset(before)
 
 
 class _AddLora(torch.autograd.Function):
-    """x (T, in), A (r, in) and B (out, r) of one dtype, the layer without its adapter, scaling, kernel: (T, out)."""
+    """x (T, in), A (r, in) and B (out, r) of one dtype, the layer, scaling, kernel: (T, out)."""
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, scaling: float, kernel: Optional[ModuleType]
+        ctx, x: Tensor, A: Tensor, B: Tensor, linear: Linear4bit, scaling: float, kernel: Optional[ModuleType]
     ) -> Tensor:
+        base, source = linear.base_layer, _sources.get().get(linear)
+
         def compute(place: Optional[Products] = None) -> Products:
             out, low = place or (None, None)
             out, low = product(base, x, kernel, out), torch.mm(x, A.t(), out=low)
             return out.addmm_(low, B.t(), alpha=scaling), low
 
-        out, low = _source.get()((base, x.shape, x.dtype, A.shape), compute)
+        out, low = source((x.shape, x.dtype, A.shape), compute) if source else compute()
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, low, A, B)
         ctx.decode, ctx.scaling = decoder(base, kernel), scaling
         return out

@@ -86,8 +86,8 @@ def test_what_is_offloaded_is_in_the_name_of_the_results(kernel_dir, tmp_path, m
     arguments = ["--tiny", "--no-liger", "--layers", "3", "--tokens", "16", "--steps", "4", "--kernel", str(kernel_dir)]
     results = []
     for more in ([], ["--offload", "experts"]):
-        train_step.main([*arguments, "--graphs", "--keep", "experts", *more, "--out", str(tmp_path)])
-        name = "-".join(["train_step-3-layers-graphs-keep-experts", *more, "no-liger"]).replace("---", "-")
+        train_step.main([*arguments, "--graphs", "--keep", "experts", "o_proj", *more, "--out", str(tmp_path)])
+        name = "-".join(["train_step-3-layers-graphs-keep-experts-o_proj", *more, "no-liger"]).replace("---", "-")
         results.append(json.loads((tmp_path / f"{name}.json").read_text())["runs"][0])
     kept, offloaded = results
     assert offloaded["last_loss"] == kept["last_loss"]

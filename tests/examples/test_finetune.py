@@ -281,21 +281,22 @@ def test_graphs_keep_what_is_sure_to_fit_attention_first(whole, monkeypatch):
         return finetune.check(finetune.parse([*model, *arguments]))
 
     monkeypatch.setattr("memory.host_has", lambda size: not size)
-    choices = [(), ("attention",), ("attention", "experts"), ("attention", "experts", "projections")]
-    instead = [(), ("attention", "projections"), ("attention", "experts")]  # without what a choice ends with
+    both, projections = ("attention", "experts"), ("o_proj", "k_proj", "v_proj", "q_proj")
+    choices = [(), ("attention",), both, (*both, *projections)]
+    instead = [("k_proj",), ("attention", *projections), (*both, *projections[:3])]  # without what a choice ends with
     peaks = [plan("--gpu-memory", "80", "--keep", *keep).peak / 2**30 for keep in choices]
     assert peaks == sorted(set(peaks))
     for peak, keep, less in zip(peaks[1:], choices[1:], instead):
-        assert plan("--gpu-memory", str(peak * 1.031)).step.keep == keep
-        assert plan("--gpu-memory", str(peak * 1.029)).step.keep == less
+        assert plan("--gpu-memory", str(peak * 1.0301)).step.keep == keep
+        assert plan("--gpu-memory", str(peak * 1.0299)).step.keep == less
         assert plan("--gpu-memory", str(peak * 1.01), "--keep", *keep).step.keep == keep
     with pytest.raises(SystemExit):
         finetune.parse(["--keep", "attention", "--no-graphs"])
 
 
 OFFLOADING_TAKES_LESS = (
-    " --keep attention experts projections --offload attention experts projections takes less of the GPU,"
-    " and of the host instead."
+    " --keep attention experts o_proj k_proj v_proj q_proj --offload attention experts o_proj k_proj v_proj q_proj"
+    " takes less of the GPU, and of the host instead."
 )
 NOTHING_KEPT_TAKES_LESS = " --keep and nothing after it takes less, --no-graphs less still."
 

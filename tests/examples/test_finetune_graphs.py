@@ -8,6 +8,8 @@ from transformers import Qwen3MoeConfig
 
 from tests.conftest import ROOT
 
+PROJECTIONS = ("o_proj", "k_proj", "v_proj", "q_proj")
+
 
 class ReachedError(Exception):
     """A run is where the test wanted it."""
@@ -63,22 +65,35 @@ def test_experts_that_do_not_fit_are_offloaded_if_the_host_has_memory_for_them(d
 
     monkeypatch.setattr("memory.pinnable", lambda: available)
     assert chosen(on_gpu * 1.031) == (both, ())
-    assert chosen(on_gpu * 1.029) == ((*both, "projections"), ("experts",))
+    assert chosen(on_gpu * 1.029) == ((*both, *PROJECTIONS), ("experts",))
     assert chosen(on_host * 1.031) == (both, ("experts",))
-    assert chosen(on_host * 1.029) == (("attention",), ())
+    assert chosen(on_host * 1.029) == (("attention", "k_proj"), ())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert chosen(on_gpu * 1.029) == (("attention", "projections"), ())
+    assert chosen(on_gpu * 1.029) == (("attention", *PROJECTIONS), ())
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     available -= 2
-    assert chosen(on_gpu * 1.029) == (("attention", "projections"), ())
+    assert chosen(on_gpu * 1.029) == (("attention", *PROJECTIONS), ())
     with pytest.raises(SystemExit):
         finetune.parse(["--graphs", "--offload", "experts"])
+
+
+def test_each_projection_is_kept_if_it_fits_o_proj_first(deep):
+    """Which takes as much here as q_proj, and more than the other two."""
+    _, plan = deep
+    first = ("attention", "experts")
+    instead = [("k_proj",), ("o_proj", "v_proj"), ("o_proj", "k_proj"), ("o_proj", "k_proj", "v_proj")]
+    for count, less in enumerate(instead, 1):
+        keep = (*first, *PROJECTIONS[:count])
+        peak = plan("--gpu-memory", "80", "--keep", *keep).peak / 2**30
+        for share, wanted in ((1.0301, keep), (1.0299, (*first, *less))):
+            step = plan("--gpu-memory", str(peak * share)).step
+            assert (step.keep, step.offload) == (wanted, ())
 
 
 def test_of_projections_in_16_bit_nothing_is_kept(deep):
     _, plan = deep
     assert plan("--gpu-memory", "80", "--bits", "16").step.keep == ("attention", "experts")
-    kept_and_offloaded = ("--keep", "projections", "--offload", "projections")
+    kept_and_offloaded = ("--keep", *PROJECTIONS, "--offload", *PROJECTIONS)
     assert plan("--gpu-memory", "80", "--bits", "16", *kept_and_offloaded).host == 0
     assert plan("--gpu-memory", "80", "--bits", "4", *kept_and_offloaded).host > 0
 

@@ -37,15 +37,15 @@ PUBLISHED = dict(
     vocab_size=151936, hidden_size=2048, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=4,
     head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
 )  # fmt: skip
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 BOTH = ("attention", "experts")
+PROJECTIONS = ("o_proj", "k_proj", "v_proj", "q_proj")
 MIB = 2**20
 
 
 def lora(rank: int, expert_rank: int) -> LoraConfig:
     if not expert_rank:
-        return LoraConfig(r=rank, target_modules=ATTENTION)
-    return expert_lora_config(expert_rank, target_modules=ATTENTION, module_rank=rank)
+        return LoraConfig(r=rank, target_modules=[*PROJECTIONS])
+    return expert_lora_config(expert_rank, target_modules=[*PROJECTIONS], module_rank=rank)
 
 
 def model(**sizes) -> Qwen3MoeForCausalLM:
@@ -112,7 +112,7 @@ def test_a_4_bit_30b_leaves_room_on_a_24_gib_card_and_a_16_bit_one_does_not():
     "change", [dict(expert_rank=64), dict(optimizer_bits=32), dict(checkpointing=False), dict(chunked_loss=False),
                dict(batch_size=4), dict(liger=False), dict(graphs=True),
                dict(graphs=True, keep=BOTH), dict(graphs=True, keep=BOTH, offload=("experts",)),
-               dict(graphs=True, keep=("projections",))],
+               dict(graphs=True, keep=PROJECTIONS)],
 )  # fmt: skip
 def test_the_longest_sequence_is_the_longest_and_shrinks_as_a_step_takes_more(change):
     made, memory = model(**PUBLISHED), 5 * GIB
@@ -254,25 +254,35 @@ def test_what_graphs_keep_is_counted_for_each_layer_and_not_in_the_graphs(keep):
 
 @pytest.mark.parametrize("liger", [True, False])
 @pytest.mark.parametrize("others", [(), BOTH])
-def test_of_kept_projections_the_graphs_lack_what_backward_reads(others, liger):
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_of_a_kept_projection_the_graphs_lack_what_backward_reads(others, liger, name):
     made, step = model(**PUBLISHED), Step(4096, rank=4, graphs=True, liger=liger)
-    without, keeps = (make_plan(made, replace(step, keep=each), GIB) for each in (others, (*others, "projections")))
-    a_layer = 4096 * 2 * (32 * 128 + 2 * 4 * 128 + 2048 + 4 * 4)
-    assert keeps.parts["kept projections"] == 4 * a_layer
-    values, normed = 4096 * 2 * 4 * 128, 4096 * 2 * (32 * 128 + 4 * 128)  # in fp32, norms keep a copy
-    assert without.parts["activations"] - keeps.parts["activations"] == values + (normed if liger else 0)
+    without, keeps = (make_plan(made, replace(step, keep=each), GIB) for each in (others, (*others, name)))
+    width = {"o_proj": 2048, "k_proj": 4 * 128, "v_proj": 4 * 128, "q_proj": 32 * 128}[name]
+    assert keeps.parts[f"kept {name}"] == 4 * 4096 * 2 * (width + 4)
+    is_read = {"o_proj": False, "k_proj": liger, "v_proj": True, "q_proj": liger}[name]  # in fp32, norms keep a copy
+    assert without.parts["activations"] - keeps.parts["activations"] == (4096 * 2 * width if is_read else 0)
+
+
+def test_what_several_projections_take_adds_up():
+    made, step = model(**PUBLISHED), Step(4096, rank=4, graphs=True)
+    without, *one, all_of_them = (
+        make_plan(made, replace(step, keep=keep), GIB).peak
+        for keep in ((), *((name,) for name in PROJECTIONS), PROJECTIONS)
+    )
+    assert all_of_them - without == sum(peak - without for peak in one) > 0
 
 
 @pytest.mark.parametrize("change", [dict(rank=0), dict(bits=16)])
 def test_projections_are_kept_in_4_bit_with_adapters_alone(change):
     made, step = model(**PUBLISHED), replace(Step(4096, graphs=True), **change)
-    without, keeps = (make_plan(made, replace(step, keep=each), GIB) for each in ((), ("projections",)))
-    assert keeps.peak == without.peak and keeps.parts["kept projections"] == 0
+    without, keeps = (make_plan(made, replace(step, keep=each), GIB) for each in ((), PROJECTIONS))
+    assert keeps.peak == without.peak and [keeps.parts[f"kept {name}"] for name in PROJECTIONS] == [0] * 4
 
 
-@pytest.mark.parametrize("offload", [("attention",), ("experts",), BOTH, ("projections",)])
+@pytest.mark.parametrize("offload", [("attention",), ("experts",), BOTH, ("o_proj",), PROJECTIONS])
 def test_of_what_is_offloaded_two_layers_have_the_gpu_s_memory_and_all_the_host_s(offload):
-    step = Step(4096, graphs=True, keep=(*BOTH, "projections"))
+    step = Step(4096, graphs=True, keep=(*BOTH, *PROJECTIONS))
     for layers in (1, 2, 3, 8):
         made = model(**PUBLISHED | dict(num_hidden_layers=layers))
         kept, offloads = (make_plan(made, replace(step, offload=each), GIB) for each in ((), offload))
@@ -288,7 +298,7 @@ def test_of_what_is_offloaded_two_layers_have_the_gpu_s_memory_and_all_the_host_
         (Step(seq_len=0), "seq_len must be at least 1, got 0"),
         (Step(batch_size=0), "batch_size must be at least 1, got 0"),
         (Step(keep=("experts",)), "keep is for layers in CUDA graphs"),
-        (Step(keep=("routers",), graphs=True), r"among attention, experts, projections, got \('routers',\)"),
+        (Step(keep=("routers",), graphs=True), rf"among {', '.join((*BOTH, *PROJECTIONS))}, got \('routers',\)"),
         (Step(keep=("attention",), offload=("experts",), graphs=True), r"among those of keep, \('attention',\), got"),
         (Step(expert_rank=-1), "expert_rank must not be negative"),
         (Step(rank=-1), "rank must not be negative, got -1"),
@@ -327,7 +337,7 @@ CHANGES = {
     "--no-liger": dict(liger=False),
     "--no-byte-permutes": dict(byte_permutes=False),
     "--graphs --keep attention experts --offload experts": dict(graphs=True, keep=BOTH, offload=("experts",)),
-    "--graphs --keep projections": dict(graphs=True, keep=("projections",)),
+    "--graphs --keep o_proj v_proj --offload o_proj": dict(graphs=True, keep=("o_proj", "v_proj"), offload=("o_proj",)),
 }
 
 

@@ -54,8 +54,8 @@ class Step:
     chunked_loss: whether the loss sees the logits of a chunk of the tokens at a time.
     liger: whether norms and rotary embeddings are Liger's; Transformers' keep an fp32 copy of what they normalize.
     graphs: whether decoder layers run in CUDA graphs; the peak is then of what is reserved.
-    keep: what graphs keep from forward to backward: any of "attention", "experts" and "projections"; the last two are
-        counted for any model, though only layers of Qwen3-MoE keep them.
+    keep: what graphs keep from forward to backward: any of "attention", "experts", "o_proj", "k_proj", "v_proj" and
+        "q_proj"; all but the first are counted for any model, though only layers of Qwen3-MoE keep them.
     offload: what of that waits in host memory.
     byte_permutes: whether the card is an NVIDIA one from sm_80 on, which decodes 4-bit weights in registers.
     """
@@ -202,8 +202,7 @@ def moments(model: Shapes, step: Step, adapters: float) -> list[Moment]:
     pool, fixed = Moment(), 0
     if step.graphs:
         worst = max(turns, key=sum)  # what is kept is read, too, but lies elsewhere
-        elsewhere = sum(KEPT_BYTES[name](model, step) for name in set(step.keep))
-        elsewhere -= unread_projections_bytes(model, step) if "projections" in step.keep else 0
+        elsewhere = sum(read_kept_bytes(name, model, step) for name in set(step.keep))
         turns = [Moment(GRAPHS_TURNS * worst.activations - elsewhere, scratch=worst.scratch)]
         pool, fixed = turns[0], 2 * state + gradients
     all_kept, one_kept = Moment(fixed + model.layers * kept), Moment(fixed + kept)
@@ -256,24 +255,31 @@ def experts_bytes(model: Shapes, step: Step) -> float:
     return step.tokens * model.top_k * (HALF * (2 * model.intermediate + 2 * step.expert_rank) + SINGLE)
 
 
-def projections_bytes(model: Shapes, step: Step) -> float:
-    """What a layer's linear layers of attention compute: their results, and the low-rank products of their adapters,
-    which are added in the same product in 4 bit alone."""
-    if not step.rank or step.bits != 4:
-        return 0
-    return step.tokens * HALF * (model.query + 2 * model.key + model.hidden + 4 * step.rank)
+def projection_bytes(width: int, step: Step) -> float:
+    """What a linear layer of attention with ``width`` columns computes: its result, and the low-rank product of its
+    adapter, which is added in the same product in 4 bit alone."""
+    return step.tokens * HALF * (width + step.rank) if step.rank and step.bits == 4 else 0
 
 
-def unread_projections_bytes(model: Shapes, step: Step) -> float:
-    """What of that is not in ``read_bytes``: low-rank products, the result of the last, and where norms keep a copy in
-    fp32, queries and keys."""
-    if not projections_bytes(model, step):
-        return 0
-    copied = 0 if step.liger else model.query + model.key
-    return step.tokens * HALF * (model.hidden + 4 * step.rank + copied)
+KEPT_BYTES = {
+    "attention": attention_bytes,
+    "experts": experts_bytes,
+    "o_proj": lambda model, step: projection_bytes(model.hidden, step),
+    "k_proj": lambda model, step: projection_bytes(model.key, step),
+    "v_proj": lambda model, step: projection_bytes(model.key, step),
+    "q_proj": lambda model, step: projection_bytes(model.query, step),
+}
+"""Of each name in ``keep``, of one layer."""
 
 
-KEPT_BYTES = {"attention": attention_bytes, "experts": experts_bytes, "projections": projections_bytes}
+def read_kept_bytes(name: str, model: Shapes, step: Step) -> float:
+    """What of that is in ``read_bytes``: of linear layers no low-rank products, nothing of o_proj, whose result no
+    backward reads, and nothing of queries and keys where norms keep a copy in fp32."""
+    kept = KEPT_BYTES[name](model, step)
+    if name in ("attention", "experts") or not kept:
+        return kept
+    read = name == "v_proj" or (name in ("q_proj", "k_proj") and step.liger)
+    return kept - step.tokens * HALF * step.rank if read else 0
 
 
 def experts_backward_bytes(model: Shapes, step: Step) -> list[tuple[float, float]]:
