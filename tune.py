@@ -201,7 +201,7 @@ def random_nf4(kernel, shape):
     return kernel.FourBitWeight(packed, absmax, code, None, None, None, shape, 64, 0, "nf4", torch.bfloat16)
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=768)
@@ -210,7 +210,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS, choices=ROWS, help="rows per expert to tune for")
     parser.add_argument("--kernel", type=Path, default=ROOT, help="folder of a build (default: this repository)")
     parser.add_argument("--out", type=Path, help="where to write (default: the package's configs folder)")
-    sizes = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    sizes = parse()
     if not torch.cuda.is_available():
         sys.exit("tune.py: no CUDA device found")
     kernel = get_local_kernel(sizes.kernel)

@@ -64,7 +64,7 @@ class Run:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    options = parse(__doc__, argv)
+    options = parse(argv, __doc__)
     run = Run(options, argv)
     try:
         compare(run, argv)

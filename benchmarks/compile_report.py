@@ -135,7 +135,7 @@ def packed(projection, experts: int, n: int, k: int):
     return projection.FourBitWeight(data, absmax, code, *nested, (experts, n, k), 64, 256, "nf4", torch.bfloat16)
 
 
-def main() -> int:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", type=Path, default=Path("."), help="folder that holds build/")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -143,7 +143,11 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=list(CARDS), choices=list(CARDS))
     for name, default in (("hidden", 2048), ("intermediate", 768), ("experts", 128), ("top-k", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    options = parse()
     kernel = load_kernel(options.kernel.resolve())
     cards = {f"sm_{arch}": compile_layer(kernel.__name__, arch, options) for arch in options.arch}
     shape = {field: getattr(options, field) for field in ("hidden", "intermediate", "experts", "top_k")}

@@ -27,10 +27,14 @@ TITLES = {"forward": "forward", "frozen": "forward + backward, frozen", "trained
 Draw = Callable[[Axes, str, dict], None]
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, help="compare.json of a run")
-    path = parser.parse_args(argv).json
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    path = parse(argv).json
     results = json.loads(path.read_text())
     figure(results, path.with_name(f"{path.stem}-time.png"), "ms a call (dashed: in a CUDA graph)", draw_times)
     figure(results, path.with_name(f"{path.stem}-ratio.png"), "time of a call over ours", draw_ratios)

@@ -24,7 +24,7 @@ CALLS = 10
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    options = parse(__doc__, argv)
+    options = parse(argv, __doc__)
     weights = make_weights(options.shape, options.dtype, options.device)
     peers = loaders(lambda: load_kernel(options.kernel), options.shape, weights)
     profiles = []

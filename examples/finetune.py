@@ -354,5 +354,9 @@ def report(trainer: Trainer, output: Path, clock: Clock, after: float, seconds: 
     print("\n" + "\n".join(f"{name:28s} {value}" for name, value in rows))
 
 
+def main(argv: list[str] | None = None) -> None:
+    train(parse(argv))
+
+
 if __name__ == "__main__":
-    train(parse())
+    main()

@@ -25,7 +25,7 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 """All but cuDNN's, PyTorch's first choice on Hopper: it prepares for each length, and with every token there is one."""
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id of a Qwen3-MoE (default: a small one, made in --output)")
     parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter of that model")
@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--save", type=Path, help="folder to save the model in, to load it faster the next time")
     parser.add_argument("--output", type=Path, default=Path("outputs/generate"))
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 class TimedStreamer(TextStreamer):
@@ -55,8 +55,8 @@ class TimedStreamer(TextStreamer):
         self.times.append(time.perf_counter())
 
 
-def main() -> None:
-    options = parse()
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
     path = options.model or small_model(options.output)
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     model = load_model(path, options.bits, dtype, "inference", options.kernel)

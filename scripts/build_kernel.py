@@ -159,12 +159,12 @@ def _git(source: Path, *arguments: str) -> str:
     return run.stdout.strip()
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, default=root, help="folder of build.toml (default: this repository)")
     parser.add_argument("--out", type=Path, help="folder for the variants (default: build in --source)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     out = arguments.out or arguments.source / "build"
     try:
         for variant in build(arguments.source, out):

@@ -4,6 +4,7 @@ What is checked after a page is that it did what it says, not only that it ran. 
 test_pinned_ci.py and test_load.py.
 """
 
+import ast
 import importlib
 import json
 import re
@@ -16,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 import qwen3_moe_integration
-from qwen3_moe_integration import lora_linear
+from qwen3_moe_integration import lora_linear, whole_adapters
 from tests import stand_ins
-from tests.documents import ROOT, blocks, in_own_process, run
+from tests.documents import ROOT, blocks, in_own_process, run, run_commands, run_on_two_ranks
 from tests.integration.adapters import assert_same_additions
 from tests.integration.models import ExpertsCalls
 
@@ -50,6 +51,15 @@ def check_readme(after):
     model, script = after
     check_runs_on_the_kernel(model["model"])
     assert script["out"].shape == script["tokens"].shape and script["out"].isfinite().all()
+    assert Path("build/torch-cpu/metadata.json").is_file()
+    check_finetuned(Path("outputs/finetune"))
+
+
+def check_finetuned(output):
+    """By examples/finetune.py."""
+    adapter = load_file(output / "model/adapter_model.safetensors")
+    assert len([name for name in adapter if "experts" in name]) == 2 * 2 * 3
+    assert (output / "loss.png").is_file() and (output / "checkpoints/checkpoint-2/trainer_state.json").is_file()
 
 
 def check_script(after):
@@ -91,13 +101,15 @@ def check_trl(after):
     check_runs_on_the_kernel(after[-1]["model"])
     assert Path("my-adapter/adapter_model.safetensors").is_file()
     assert {p.dtype for p in after[-1]["trainer"].model.parameters() if p.requires_grad} == {torch.bfloat16}
+    check_finetuned(Path("outputs/finetune"))
     if "plain" in after[-1]:
         check_runs_on_the_kernel(after[-1]["plain"])
 
 
 def check_unsloth(after):
     check_runs_on_the_kernel(after[-1]["model"])
-    assert Path("my-adapter/adapter_model.safetensors").is_file()
+    for adapter in ("my-adapter", "outputs/finetune-unsloth/model"):
+        assert Path(adapter, "adapter_model.safetensors").is_file()
 
 
 def check_other_models(after):
@@ -112,6 +124,21 @@ def check_convert(after):
     assert all(f".experts.{e}.down_proj.lora_A.weight" in keys for e in range(16))
     config = json.loads(Path("my-adapter-uniform/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (16, 16, {}, {})
+
+
+def check_scaling(after):
+    """On each of two ranks: the adapters are the two's together, trained; the other model is kept in halves."""
+    shared, expert_parallel = after
+    with whole_adapters(shared["model"]):
+        here = {name: p for name, p in shared["model"].named_parameters() if "lora_" in name}
+        saved = load_file("adapter/adapter_model.safetensors")
+        assert len(saved) == len(here) and all(saved[name.replace(".default", "")].equal(p) for name, p in here.items())
+    B = [factor for name, factor in saved.items() if "experts" in name and "lora_B" in name]
+    E = shared["model"].config.num_experts
+    assert len(B) == 2 * 3 and all(each.view(-1, 16, E).any(0).any(0).all() for each in B)
+    stack = expert_parallel["model"].get_submodule("model.layers.0.mlp.experts").gate_up_proj
+    assert shared["ranks"].num_processes == 2 and 2 * len(stack.to_local()) == len(stack) == E
+    check_runs_on_the_kernel(expert_parallel["model"])
 
 
 def check_commands_alone(after):
@@ -134,7 +161,7 @@ CHECKS = {
     "docs/other-models.md": check_other_models,
     "docs/convert.md": check_convert,
     "docs/tuning.md": check_commands_alone,
-    "docs/scaling.md": check_commands_alone,
+    "docs/scaling.md": check_commands_alone,  # on two ranks: check_scaling
     "benchmarks/README.md": check_commands_alone,
 }
 RUNNING = [page for page in PAGES if page not in ON_A_HUB and RUN & {block.language for block in blocks(ROOT / page)}]
@@ -148,14 +175,19 @@ def test_the_page_runs(page, folder, environment):
     run(ROOT / page, chosen, folder, CHECKS[page], environment)
 
 
+@pytest.mark.parametrize("page", ["docs/scaling.md"])
+def test_what_needs_ranks_runs_on_two(page, folder, environment):
+    chosen = [block for block in blocks(ROOT / page) if block.needs == "ranks"]
+    run_on_two_ranks(ROOT / page, chosen, folder, check_scaling, environment)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "page", [page for page in RUNNING if any(block.needs == "gpu" for block in blocks(ROOT / page))]
 )
 def test_the_page_runs_whole_on_a_gpu(page, folder, environment):
-    run(
-        ROOT / page, [block for block in blocks(ROOT / page) if block.needs != "hub"], folder, CHECKS[page], environment
-    )
+    chosen = [block for block in blocks(ROOT / page) if block.needs in ("", "gpu")]
+    run(ROOT / page, chosen, folder, CHECKS[page], environment)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -163,7 +195,50 @@ def test_every_block_is_run_or_only_shown(page):
     found = blocks(ROOT / page)
     assert 2 * len(found) == len(re.findall(r"^\s*```", (ROOT / page).read_text(), re.M))
     assert {block.language for block in found} <= RUN | SHOWN
-    assert {block.needs for block in found} <= {"", "gpu", "hub"}
+    assert {block.needs for block in found} <= {"", "gpu", "hub", "ranks"}
+    assert [block for block in found if block.language in SHOWN and is_code(block.code)] == []
+
+
+def is_code(text: str) -> bool:
+    """Whether it is Python, or has a line that begins with a command."""
+    try:
+        ast.parse(text)
+        return True
+    except SyntaxError:
+        return re.search(r"^\s*(python|pip|make|kernels|accelerate|torchrun) ", text, re.M) is not None
+
+
+def test_code_does_not_pass_for_text():
+    assert is_code("model = load()\nwith model:\n    train(...)\n") and is_code("\npip install 'kernels>=0.16'\n")
+    assert not is_code("out[token] = sum over its k experts of  weight\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("python examples/finetune.py --trainer nonsense --seq-len banana", "invalid choice: 'nonsense'"),
+        ("python examples/finetune.py --seq-len banana", "invalid integer value: 'banana'"),
+        ("python examples/finetune.py --offload experts", "--offload is for what graphs keep"),
+        ("python examples/generate.py --adaptor mine", "unrecognized arguments: --adaptor mine"),
+        ("python benchmarks/compare.py --four-bit --passes trained", "here the peers are"),
+        ("python tune.py --rows 3", "invalid choice: 3"),
+        ("python -m qwen3_moe_integration convert in out --to stack", "invalid choice: 'stack'"),
+        ("accelerate launch --config_file examples/accelerate/no.yaml examples/finetune.py", "no.yaml"),
+        ("accelerate launch --config_file examples/accelerate/ddp.yaml examples/finetune.py --bits 5", "choice: 5"),
+        ("torchrun --nodes=2 benchmarks/scaling.py", "error"),
+        ("torchrun --nproc-per-node=2 benchmarks/scaling.py --layers few", "invalid int value: 'few'"),
+        ("pip install no-such-package-xyz", "no-such-package-xyz is no package"),
+        ("pip install 'kernels>=99'", "kernels>=99 is no package"),
+        ("pip install ./nowhere", "./nowhere is no package"),
+        ("make test NONSENSE", "targets are"),
+        ("kernels measure .", "does not know"),
+        ("curl example.org", "does not know"),
+    ],
+)
+def test_a_command_that_would_fail_is_not_passed_over(line, message, tmp_path):
+    with pytest.raises(AssertionError, match=re.escape(message)) as raised:
+        in_own_process(run_commands, line, folder=tmp_path, environment={})
+    assert f"AssertionError: {line}" in str(raised.value)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -38,7 +38,7 @@ def main() -> None:
     from .peers import load_kernel, ours
     from .problem import make_inputs, make_weights, run_pass, train_weights
 
-    options = parse(__doc__)
+    options = parse(description=__doc__)
     device = options.device
     weights = make_weights(options.shape, options.dtype, device)
     train_weights(weights, trained=False)

@@ -17,7 +17,7 @@ QUICK = {"shape": Shape(64, 64, 8, 2), "tokens": [1, 16, 128], "input_sets": 2, 
 SETTLE_TOKENS = 4096  # the size at which everything is compiled and tuned first
 
 
-def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = Path(__file__).resolve().parent.parent
     parser.add_argument("--kernel", type=Path, help="a local build (the folder that holds build/) instead of the Hub's")

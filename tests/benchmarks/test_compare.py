@@ -27,7 +27,7 @@ def weights():
 
 @pytest.fixture
 def options():
-    return parse("", ["--quick", "--device", "cpu", "--dtype", "float32", "--passes", "forward", "trained"])
+    return parse(["--quick", "--device", "cpu", "--dtype", "float32", "--passes", "forward", "trained"])
 
 
 def inputs(tokens, seed=1):
