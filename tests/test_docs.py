@@ -175,7 +175,7 @@ def test_the_page_runs(page, folder, environment):
     run(ROOT / page, chosen, folder, CHECKS[page], environment)
 
 
-@pytest.mark.parametrize("page", ["docs/scaling.md"])
+@pytest.mark.parametrize("page", [page for page in PAGES if any(b.needs == "ranks" for b in blocks(ROOT / page))])
 def test_what_needs_ranks_runs_on_two(page, folder, environment):
     chosen = [block for block in blocks(ROOT / page) if block.needs == "ranks"]
     run_on_two_ranks(ROOT / page, chosen, folder, check_scaling, environment)
