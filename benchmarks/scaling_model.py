@@ -39,7 +39,7 @@ from qwen3_moe_integration.plan.memory import (
 )
 
 RESULTS = Path(__file__).resolve().parent / "results"
-LORA_STEP = "nvidia-h200/train_step-48-layers-graphs-keep-attention-experts-offload-experts.json"
+LORA_STEP = "nvidia-h200/train_step-48-layers-graphs-keep-attention-experts-o_proj-offload-experts.json"
 EXPERTS = "nvidia-h200/compare-liger.json"
 LAYERS, TOKENS, GLOBAL_BATCH = 48, 4096, 64
 GPUS = (1, 2, 4, 8, 16, 32, 64)
