@@ -15,11 +15,21 @@ HELP = "estimate the memory of a training step"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id; only its config.json is read")
     parser.add_argument("--seq-len", type=int, default=Step.seq_len, help="tokens per sequence (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=Step.batch_size)
-    parser.add_argument("--rank", type=int, default=Step.rank, help="of the LoRA on attention; 0 for none")
+    parser.add_argument("--batch-size", type=int, default=Step.batch_size, help="default: %(default)s")
+    parser.add_argument(
+        "--rank", type=int, default=Step.rank, help="of the LoRA on attention; 0 for none (default: %(default)s)"
+    )
     parser.add_argument("--expert-rank", type=int, help="of the LoRA on every expert; 0 for none (default: --rank)")
-    parser.add_argument("--bits", type=int, choices=(4, 16), default=Step.bits)
-    parser.add_argument("--optimizer-bits", type=int, choices=(8, 32), default=Step.optimizer_bits)
+    parser.add_argument(
+        "--bits", type=int, choices=(4, 16), default=Step.bits, help="of the model's weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--optimizer-bits",
+        type=int,
+        choices=(8, 32),
+        default=Step.optimizer_bits,
+        help="of Adam's states (default: %(default)s)",
+    )
     parser.add_argument("--no-double-quant", action="store_true", help="keep the scales of 4-bit weights in fp32")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations for backward")
     parser.add_argument("--no-chunked-loss", action="store_true", help="logits of the whole batch at once")
@@ -27,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--graphs", action="store_true", help="decoder layers in CUDA graphs")
     parser.add_argument("--keep", nargs="*", choices=KEEPABLE, default=(), help="what graphs keep for backward")
     parser.add_argument("--offload", nargs="*", choices=KEEPABLE, default=(), help="what of --keep waits on the host")
-    parser.add_argument("--no-byte-permutes", action="store_true", help="a card that is no NVIDIA one from sm_80 on")
+    parser.add_argument("--no-byte-permutes", action="store_true", help="for GPUs other than NVIDIA's from sm_80 on")
     parser.add_argument("--gpu-memory", type=float, default=24.0, help="GiB of the card (default: %(default)s)")
 
 
