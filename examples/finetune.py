@@ -11,23 +11,22 @@ loaded as it is, and the small one, whose weights are random, is trained whole.
 """
 
 import argparse
-import json
 import logging
 import os
 import resource
-import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 from accelerate import PartialState
+from checkpoints import checkpoint_to_resume, full_disk_explained, remove_incomplete, save
 from datasets import Dataset
 from documents import pack, read_texts
 from kernelized import DEVICE, load_model
-from memory import apply_liger_layers, cap, collate_for_liger, host_has, plan_for, training_arguments
+from memory import apply_liger_layers, cap, collate_for_liger, plan_for, training_arguments
+from out_of_memory import explained, in_loading, in_training, table, takes_less
 from peft import LoraConfig, get_peft_model
 from plots import Clock, plot_losses, plot_throughput
 from tiny_checkpoint import small_model
@@ -62,7 +61,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id of a Qwen3-MoE (default: a small one, made in --output)")
     parser.add_argument("--dataset", help="text or JSONL file, or dataset id (default: Python's language reference)")
-    parser.add_argument("--text-column", default="text", help="column, or JSONL field, that holds the text")
+    parser.add_argument(
+        "--text-column", default="text", help="column, or JSONL field, that holds the text (default: %(default)s)"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -70,17 +71,32 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="of checkpoints, model and pictures; a new run wants one without checkpoints (default: %(default)s)",
     )
     parser.add_argument("--kernel", type=Path, help="folder of a built kernel (default: version 1 of the Hub's)")
-    parser.add_argument("--bits", type=int, choices=[4, 16], default=4, help="of the weights that are not trained")
-    parser.add_argument("--trainer", choices=["trainer", "sft"], default="trainer")
-    parser.add_argument("--steps", type=at_least(1), default=150)
+    parser.add_argument(
+        "--bits",
+        type=int,
+        choices=[4, 16],
+        default=4,
+        help="of the weights that are not trained (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--trainer",
+        choices=["trainer", "sft"],
+        default="trainer",
+        help="Transformers' Trainer or TRL's SFTTrainer (default: %(default)s)",
+    )
+    parser.add_argument("--steps", type=at_least(1), default=150, help="default: %(default)s")
     parser.add_argument("--seq-len", type=at_least(2), help="default: 4096, of the small model 128")
     parser.add_argument("--batch-size", type=at_least(1), help="default: 1, of the small model 8")
     parser.add_argument("--lr", type=float, help="default: 3e-3 for the small model, 2e-4 for LoRA")
-    parser.add_argument("--rank", type=at_least(1), default=16, help="rank of the LoRA on attention")
+    parser.add_argument(
+        "--rank", type=at_least(1), default=16, help="rank of the LoRA on attention (default: %(default)s)"
+    )
     parser.add_argument(
         "--expert-rank", type=at_least(0), help="rank of the LoRA on all experts, 0 for none (default: --rank)"
     )
-    parser.add_argument("--save-every", type=at_least(1), default=50, help="steps between checkpoints")
+    parser.add_argument(
+        "--save-every", type=at_least(1), default=50, help="steps between checkpoints (default: %(default)s)"
+    )
     parser.add_argument(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
@@ -95,7 +111,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--keep",
         nargs="*",
         choices=KEEPABLE,
-        help="what graphs keep for backward: memory for time; default: for a model of yours, what fits",
+        help="what graphs keep for backward, memory for time; nothing by --keep alone; default: for a model of yours, "
+        "what fits",
     )
     parser.add_argument(
         "--offload",
@@ -105,7 +122,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="what of --keep waits in host memory; default: with --keep's, experts that fit only so",
     )
     parser.add_argument("--gpu-memory", type=float, help="GiB that the run may take (default: what the GPU has)")
-    parser.add_argument("--report-to", default="none", help="a tracker that the Trainer knows, such as tensorboard")
+    parser.add_argument(
+        "--report-to",
+        default="none",
+        help="a tracker that the Trainer knows, such as tensorboard (default: %(default)s)",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     options = parser.parse_args(argv)
     defaults = {"seq_len": 4096, "batch_size": 1, "gradient_checkpointing": True, "lr": 2e-4}
@@ -123,31 +144,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if not set(options.offload) <= set(options.keep or ()):
         parser.error("--offload is for what graphs keep; name it in --keep too")
     return options
-
-
-def complete_checkpoints(folder: Path) -> dict[int, Path]:
-    """Those of a folder, by step. The Trainer writes its own state last, of which a kill or a full disk may leave but a
-    part."""
-    found = {}
-    for state in folder.glob("checkpoint-*/trainer_state.json"):
-        with suppress(ValueError, KeyError, TypeError):
-            found[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = state.parent
-    return found
-
-
-def checkpoint_to_resume(options: argparse.Namespace) -> Path | None:
-    """The newest complete one with --resume. Without, there must be none: a run that is killed before it has come as
-    far as an earlier one would go on as that."""
-    folder = options.output / "checkpoints"
-    found = complete_checkpoints(folder)
-    if options.resume and not found:
-        raise SystemExit(f"--resume: there is no complete checkpoint in {folder}")
-    if found and not options.resume:
-        raise SystemExit(
-            f"--output: {folder} has checkpoints of an earlier run; go on from them with --resume, or give another "
-            "--output, or remove them"
-        )
-    return found[max(found)] if found else None
 
 
 def is_whole(options: argparse.Namespace) -> bool:
@@ -242,22 +238,6 @@ def make_trainer(options: argparse.Namespace, model, tokenizer, train: Dataset, 
     return trainer
 
 
-def save(trainer: Trainer, folder: Path) -> None:
-    """The trained model, or its adapter; ``folder`` is replaced only when the new one is complete.
-
-    Every process takes part, for what is sharded has to be gathered; the first one writes.
-    """
-    beside = folder.with_name(folder.name + ".part")
-    processes = PartialState()
-    if processes.is_main_process:
-        shutil.rmtree(beside, ignore_errors=True)
-    processes.wait_for_everyone()
-    trainer.save_model(str(beside))
-    if processes.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-
-
 def check(options: argparse.Namespace) -> Plan | None:
     """Stops a run that cannot work; the plan of one that fits, None for the small model and where there is no GPU."""
     if options.trainer == "sft" and not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
@@ -269,28 +249,16 @@ def check(options: argparse.Namespace) -> Plan | None:
     if plan:
         print(plan)
         if not plan.fits:
-            raise SystemExit(
-                f"The run does not fit: lower --seq-len, --batch-size or --expert-rank.{what_fits(options)}"
-            )
+            less = {added: other for added, other in takes_less(options, plan).items() if other.fits}
+            how = f" It fits with one of these:\n{table(less)}" if less else ""
+            raise SystemExit(f"The run does not fit: lower --seq-len, --batch-size or --expert-rank.{how}")
     return plan
-
-
-def what_fits(options: argparse.Namespace) -> str:
-    """Which option makes a run fit, keeping as much as may be; empty if none does."""
-    nothing = {"keep": (), "offload": ()}
-    less = {"--keep and nothing after it": nothing, "--no-graphs": {"graphs": False, **nothing}}
-    if options.keep:
-        less = {f"--offload {' '.join(options.keep)}": {"offload": options.keep}} | less
-    for option, change in less.items() if options.graphs else ():
-        plan = plan_for(argparse.Namespace(**vars(options) | change))
-        if plan.fits and host_has(plan.host):
-            return f" It fits with {option}."
-    return ""
 
 
 def train(options: argparse.Namespace) -> Trainer:
     """Trains, saves, and prints what came of it."""
     plan, checkpoint = check(options), checkpoint_to_resume(options)
+    remove_incomplete(options.output)
     processes = PartialState(cpu=not ON_GPU)
     if ON_GPU and options.gpu_memory:
         cap(options.gpu_memory)
@@ -299,9 +267,10 @@ def train(options: argparse.Namespace) -> Trainer:
             small_model(options.output)
     set_seed(0)
     documents = read_texts(options.dataset, options.text_column)
-    model = load_base(options, checkpoint)
-    if not is_whole(options):
-        model = with_adapter(model, options)
+    with explained(partial(in_loading, options, plan)):
+        model = load_base(options, checkpoint)
+        if not is_whole(options):
+            model = with_adapter(model, options)
     keep, offload = (plan.step.keep, plan.step.offload) if plan else (options.keep or (), options.offload)
     if options.graphs:
         enable_graphed_checkpointing(model, keep=keep, offload=offload)
@@ -313,39 +282,33 @@ def train(options: argparse.Namespace) -> Trainer:
     trainer.add_callback(clock)
     where = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"Training {options.steps} steps on {where}{f', going on from {checkpoint}' if checkpoint else ''} ...")
-    try:
+    with explained(partial(in_training, options, plan)), full_disk_explained(options.output):
         result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except torch.OutOfMemoryError as error:
-        longest = f" The longest sequence that should have fit: {plan.longest} tokens." if plan else ""
-        graphs = " --no-graphs takes less, too." if options.graphs else ""
-        graphs = " --keep and nothing after it takes less, --no-graphs less still." if keep else graphs
-        if set(keep) - set(offload):
-            kept = " ".join(keep)
-            graphs = f" --keep {kept} --offload {kept} takes less of the GPU, and of the host instead.{graphs}"
-        raise SystemExit(
-            f"{error}\nOut of memory: lower --seq-len, --batch-size or --expert-rank, then --resume.{longest}{graphs}"
-        ) from error
-    after = trainer.evaluate()["eval_loss"]
-    save(trainer, options.output / "model")
+        after = trainer.evaluate()["eval_loss"]
+        save(trainer, options.output / "model")
     if processes.is_main_process:
-        report(trainer, options.output, clock, after, result.metrics["train_runtime"])
+        report(trainer, options.output, clock, after, result.metrics["train_runtime"], plan)
     return trainer
 
 
-def report(trainer: Trainer, output: Path, clock: Clock, after: float, seconds: float) -> None:
-    """Draws the curves and prints the result: ``after`` is the last held-out loss, ``seconds`` what training took."""
+def report(trainer: Trainer, output: Path, clock: Clock, after: float, seconds: float, plan: Plan | None) -> None:
+    """Draws the curves and prints the result: ``after`` is the last held-out loss, ``seconds`` what training took.
+    Beside what PyTorch took, what was planned, less a CUDA context; with graphs that is what it reserves."""
     before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     plot_losses(trainer.state.log_history, output / "loss.png")
     plot_throughput(clock.points, output / "throughput.png")
     rates = [rate for _, rate in clock.points]
     peak = torch.cuda.max_memory_allocated() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    reserved = [("reserved for that", f"{torch.cuda.max_memory_reserved() / 2**20:.0f} MiB")] if ON_GPU else []
+    more = [("reserved for that", f"{torch.cuda.max_memory_reserved() / 2**20:.0f} MiB")] if ON_GPU else []
+    if ON_GPU and plan:
+        kind, planned = "reserved" if plan.step.graphs else "allocated", plan.peak - plan.parts["CUDA context"]
+        more.append((f"planned to be {kind}", f"{planned / 2**20:.0f} MiB"))
     rows = [
         ("loss before, held-out text", f"{before:.4f}"),
         ("loss after, held-out text", f"{after:.4f}"),
         ("tokens a second, median", f"{median(rates):.0f}" if rates else "no step"),
         (f"peak {'GPU' if ON_GPU else 'process'} memory", f"{peak / 2**20:.0f} MiB"),
-        *reserved,
+        *more,
         ("seconds, with evaluation", f"{seconds:.1f}"),
         ("model", str(output / "model")),
         ("loss curve", str(output / "loss.png")),

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import os
 from dataclasses import replace
+from functools import cache
 
 import torch
 from host_memory import pinnable
@@ -34,14 +35,20 @@ LOSS_CHUNK = 16
 in a step; in chunks 16 times as large it is as fast as a single product."""
 
 
-def plan_for(options: argparse.Namespace) -> Plan:
+@cache
+def without_weights(model: str) -> torch.nn.Module:
+    """The model that a folder's, or the Hub's, config describes."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.bfloat16)
+
+
+def plan_for(options: argparse.Namespace, liger: bool | None = None) -> Plan:
     """What a step of LoRA takes, from the model's config alone, beside what the card has.
 
     Graphs keep what is sure to fit, in the order of ``TRIED``, unless ``options`` say what they do. What is offloaded
-    has to fit into the host's memory too.
+    has to fit into the host's memory too. ``liger``: whether Liger's norms and loss are used; if it is installed.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model), dtype=torch.bfloat16)
+    model, liger = without_weights(options.model), LIGER if liger is None else liger
     step = Step(
         seq_len=options.seq_len,
         batch_size=options.batch_size,
@@ -52,8 +59,8 @@ def plan_for(options: argparse.Namespace) -> Plan:
         graphs=options.graphs,
         keep=tuple(options.keep or ()),
         offload=tuple(options.offload),
-        chunked_loss=LIGER or options.trainer == "sft",
-        liger=LIGER,
+        chunked_loss=liger or options.trainer == "sft",
+        liger=liger,
         byte_permutes=torch.version.hip is None and (DEVICE == "cpu" or torch.cuda.get_device_capability() >= (8, 0)),
     )
     memory = options.gpu_memory * GIB if options.gpu_memory else torch.cuda.get_device_properties(0).total_memory

@@ -37,6 +37,29 @@ def test_graphs_keep_and_offload_what_the_options_or_the_plan_say(kernel_dir, tm
     assert [(list(what["keep"]), list(what["offload"])) for what in got] == [wanted]
 
 
+def test_graphs_keep_what_is_sure_to_fit_attention_first(whole, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import finetune
+
+    model = ("--model", str(whole / "small-qwen3-moe"), "--seq-len", "2048", "--graphs")
+
+    def plan(*arguments: str):
+        return finetune.check(finetune.parse([*model, *arguments]))
+
+    monkeypatch.setattr("memory.host_has", lambda size: not size)
+    both, projections = ("attention", "experts"), ("o_proj", "k_proj", "v_proj", "q_proj")
+    choices = [(), ("attention",), both, (*both, *projections)]
+    instead = [("k_proj",), ("attention", *projections), (*both, *projections[:3])]  # without what a choice ends with
+    peaks = [plan("--gpu-memory", "80", "--keep", *keep).peak / 2**30 for keep in choices]
+    assert peaks == sorted(set(peaks))
+    for peak, keep, less in zip(peaks[1:], choices[1:], instead):
+        assert plan("--gpu-memory", str(peak * 1.0301)).step.keep == keep
+        assert plan("--gpu-memory", str(peak * 1.0299)).step.keep == less
+        assert plan("--gpu-memory", str(peak * 1.01), "--keep", *keep).step.keep == keep
+    with pytest.raises(SystemExit):
+        finetune.parse(["--keep", "attention", "--no-graphs"])
+
+
 @pytest.fixture
 def deep(tmp_path, monkeypatch) -> tuple:
     """finetune.py, and what it plans for a model of many layers, of which there is no more than the config."""
@@ -96,19 +119,3 @@ def test_of_projections_in_16_bit_nothing_is_kept(deep):
     kept_and_offloaded = ("--keep", *PROJECTIONS, "--offload", *PROJECTIONS)
     assert plan("--gpu-memory", "80", "--bits", "16", *kept_and_offloaded).host == 0
     assert plan("--gpu-memory", "80", "--bits", "4", *kept_and_offloaded).host > 0
-
-
-def test_a_run_that_fits_with_what_it_keeps_on_the_host_is_told_so(deep, monkeypatch):
-    _, plan = deep
-    keeps = ("--keep", "experts")
-    choices = keeps, (*keeps, "--offload", "experts"), ("--keep",)
-    on_gpu, offloaded, nothing = (plan("--gpu-memory", "80", *choice).peak / 2**30 for choice in choices)
-    assert nothing < offloaded < on_gpu
-    room_for_two_layers, room_for_none = str((offloaded + on_gpu) / 2), str((nothing + offloaded) / 2)
-    with pytest.raises(SystemExit, match=r"does not fit: .* It fits with --offload experts\."):
-        plan("--gpu-memory", room_for_two_layers, *keeps)
-    with pytest.raises(SystemExit, match=r"does not fit: .* It fits with --keep and nothing after it\."):
-        plan("--gpu-memory", room_for_none, *keeps)
-    monkeypatch.setattr("finetune.host_has", lambda size: not size)
-    with pytest.raises(SystemExit, match=r"does not fit: .* It fits with --keep and nothing after it\."):
-        plan("--gpu-memory", room_for_two_layers, *keeps)

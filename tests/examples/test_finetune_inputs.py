@@ -1,6 +1,7 @@
 """What finetune.py makes of its arguments and of the files that it is given."""
 
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -27,6 +28,15 @@ def test_a_number_that_cannot_be_meant_is_refused(finetune, capsys, option, valu
         finetune.parse([f"--{option}={value}"])
     assert f"argument --{option}: must be at least {least}, got {value}" in capsys.readouterr().err
     assert getattr(finetune.parse([f"--{option}={least}"]), option.replace("-", "_")) == least
+
+
+def test_help_names_every_default(finetune, capsys):
+    with pytest.raises(SystemExit):
+        finetune.parse(["--help"])
+    printed = " ".join(capsys.readouterr().out.partition("options:")[2].split())
+    told = dict(re.findall(r"--([a-z-]+) (?:(?!--[a-z]).)*?default: (\S+?)[);]* ", printed))
+    wanted = {"steps": "150", "rank": "16", "trainer": "trainer", "bits": "4", "save-every": "50", "report-to": "none"}
+    assert {name: told[name] for name in wanted} == wanted
 
 
 def test_a_document_may_hold_any_character(finetune, tmp_path):

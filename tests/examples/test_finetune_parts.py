@@ -1,6 +1,9 @@
 """Parts of finetune.py, called alone: what is held out, what saving leaves when it fails, the adapters' dtype, and what
 the Trainer reads of a step's tensors."""
 
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -104,6 +107,49 @@ def test_the_trainer_asks_no_step_for_its_values(finetune, kernel_dir, tmp_path,
     trainer.train()
     assert len(steps) == 6 and (not graphs or recordings(model) == 2)  # after each step, and at the end
     assert set(files[steps[1] : steps[4]]) == (set() if graphs else {"masking_utils.py"})
+
+
+class Writer:
+    """In the place of tensorboardX's."""
+
+    scalars: list[tuple[str, float, int]]
+
+    def __init__(self, log_dir: str):
+        self.scalars.append(("folder", log_dir, 0))
+
+    def add_scalar(self, *scalar) -> None:
+        self.scalars.append(scalar)
+
+    def add_text(self, *_) -> None:
+        pass
+
+    flush = close = lambda self: None
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is not None, reason="the Trainer would take that instead of the stand-in")
+@pytest.mark.parametrize("tracker", ["tensorboard", "none"])
+def test_a_tracker_gets_the_losses_if_one_is_named(finetune, kernel_dir, tmp_path, monkeypatch, tracker):
+    module = ModuleType("tensorboardX")
+    module.__spec__, module.SummaryWriter = ModuleSpec("tensorboardX", None), Writer
+    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+    Writer.scalars = []
+    arguments = ["--output", str(tmp_path), "--bits", "16", "--steps", "2", "--save-every", "2"]
+    options = finetune.parse(arguments + ["--report-to", tracker] * (tracker != "none"))
+    rows = finetune.Dataset.from_dict({"input_ids": [[1, 2, 3]] * 16, "labels": [[1, 2, 3]] * 16})
+    trainer = finetune.make_trainer(options, pair(KernelSource(path=kernel_dir), config())[0], None, rows, rows)
+    trainer.train()
+    losses = [
+        (f"{'eval/' if kind == 'eval_loss' else 'train/'}loss", entry[kind], entry["step"])
+        for entry in trainer.state.log_history
+        for kind in ("loss", "eval_loss")
+        if kind in entry
+    ]
+    assert len(losses) == 4
+    if tracker == "none":
+        assert not Writer.scalars
+    else:
+        assert [scalar for scalar in Writer.scalars if scalar[0].endswith("/loss")] == losses
+        assert Writer.scalars[0][1].startswith(str(tmp_path))
 
 
 def test_what_a_run_may_take_is_set_before_it_loads_anything(finetune, monkeypatch):
