@@ -177,8 +177,9 @@ def with_adapter(model: torch.nn.Module, options: argparse.Namespace) -> torch.n
         )
     # For a model of yours adapters have its dtype, bf16 on a GPU; PEFT would make them fp32.
     model = get_peft_model(model, lora, autocast_adapter_dtype=not options.model)
-    # The Trainer loads the best adapter at the end, on a GPU that need not have room for another one by then.
-    model.load_adapter = partial(model.load_adapter, torch_device="cpu")
+    # The Trainer loads an adapter to resume, and the best one at the end. PEFT would do so by way of the GPU, which has
+    # no room for another one by then, and make it fp32.
+    model.load_adapter = partial(model.load_adapter, torch_device="cpu", autocast_adapter_dtype=False)
     return enable_fused_linear_lora(model) if options.bits == 4 else model
 
 

@@ -73,19 +73,26 @@ def test_adapters_of_a_model_of_yours_have_its_dtype(finetune, of_yours, dtype):
     assert any("experts" in name for name in trained)
 
 
-def test_an_adapter_is_loaded_by_way_of_the_host(finetune, tmp_path, monkeypatch):
-    """Of Qwen3-30B-A3B it is 1.2 GiB, which a GPU of 24 has not left after a step. PEFT would take the GPU's."""
-    model = finetune.with_adapter(QWEN3.build(), finetune.parse(["--bits", "16", "--rank", "2"]))
+@pytest.mark.parametrize("resumes", [False, True], ids=["the best", "to resume"])
+@pytest.mark.parametrize("of_yours", [["--model", "any"], []], ids=["of yours", "small"])
+def test_an_adapter_is_loaded_by_way_of_the_host_to_where_it_is(finetune, tmp_path, monkeypatch, of_yours, resumes):
+    """Of Qwen3-30B-A3B it is 1.2 GiB, which a GPU of 24 has not left after a step. PEFT would take the GPU's, and twice
+    as much in the end, since it makes adapters fp32."""
+    options = finetune.parse([*of_yours, "--bits", "16", "--rank", "2"])
+    model = finetune.with_adapter(QWEN3.build().bfloat16(), options)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for parameter in trained.values():
         torch.nn.init.normal_(parameter)
-    saved = {name: parameter.clone() for name, parameter in trained.items()}
+    saved = {name: (parameter.clone(), parameter.data_ptr()) for name, parameter in trained.items()}
     model.save_pretrained(tmp_path)
     for parameter in trained.values():
         torch.nn.init.zeros_(parameter)
     monkeypatch.setattr("peft.peft_model.infer_device", lambda: "a GPU without room")
-    model.load_adapter(str(tmp_path), "default")  # as the Trainer does
-    assert all(torch.equal(parameter, saved[name]) for name, parameter in trained.items())
+    model.load_adapter(str(tmp_path), "default", **({"is_trainable": True} if resumes else {}))  # as the Trainer does
+    loaded = dict(model.named_parameters())
+    for name, (values, address) in saved.items():
+        assert torch.equal(loaded[name], values) and loaded[name].dtype == values.dtype
+        assert loaded[name] is trained[name] and loaded[name].data_ptr() == address, "which an optimizer may have"
 
 
 @pytest.mark.parametrize("graphs", [False, True])
