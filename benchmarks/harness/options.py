@@ -21,8 +21,8 @@ def parse(argv: list[str] | None = None, description: str | None = None) -> argp
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = Path(__file__).resolve().parent.parent
     parser.add_argument("--kernel", type=Path, help="a local build (the folder that holds build/) instead of the Hub's")
-    parser.add_argument("--out", type=Path, default=here / "results", help="folder for compare.json and compare.md")
-    parser.add_argument("--four-bit", action="store_true", help="weights in nf4: writes compare-four-bit.*")
+    parser.add_argument("--out", type=Path, default=here / "results", help="folder of the results")
+    parser.add_argument("--four-bit", action="store_true", help="weights in nf4")
     parser.add_argument("--peers", nargs="+", choices=list(dict.fromkeys(PEERS + four_bit.PEERS)), help="default: all")
     parser.add_argument("--passes", nargs="+", choices=PASSES, help="default: all; in 4 bit, weights are frozen")
     parser.add_argument("--tokens", nargs="+", type=int, help=f"default: {' '.join(map(str, TOKENS))}")

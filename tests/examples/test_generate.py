@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen3_moe_integration import expert_lora_config
 
@@ -63,6 +63,20 @@ def test_an_adapter_changes_what_is_said(generate, tmp_path):
     model.save_pretrained(tmp_path / "noise")
     zeros, noise = (generate("--adapter", tmp_path / name) for name in ("zeros", "noise"))
     assert _text(zeros) == _text(base) != _text(noise)
+
+
+def test_text_is_printed_as_it_comes(generate, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from generate import TimedStreamer
+
+    generate()
+    tokenizer = AutoTokenizer.from_pretrained(generate.output / "small-qwen3-moe")
+    streamer, seen = TimedStreamer(tokenizer), []
+    for tokens in ([tokenizer("Some words ").input_ids], *tokenizer("and some more after them ").input_ids):
+        streamer.put(torch.tensor(tokens).view(1, -1) if isinstance(tokens, list) else torch.tensor([tokens]))
+        seen.append(capsys.readouterr().out)
+    assert len(seen) == len(streamer.times) > 4 and streamer.times == sorted(streamer.times)
+    assert "".join(seen).startswith("Some words and some more") and sum(map(bool, seen)) > 4
 
 
 def _weights(printed: str) -> float:
