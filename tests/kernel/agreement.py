@@ -86,6 +86,21 @@ def assert_rows_without_expert_are_zero(kernel: ModuleType, problem: LinearProbl
     assert not grad[rows:].any()
 
 
+def assert_sums_over_nothing_are_zero(kernel: ModuleType, sizes: Mapping[str, int], adapted: bool) -> None:
+    """A layer with a size of 0 and its gradients, from poisoned memory."""
+    T, k, E, H, I, r = ({"T": 3, "k": 2, "E": 4, "H": 6, "I": 5, "r": 2} | sizes).values()
+    shapes = [(T, H), (T, k), (E, 2 * I, H), (E, H, I), (E, r, H), (E, 2 * I, r), (E, r, I), (E, H, r)]
+    leaves = [torch.ones(shape, requires_grad=True) for shape in shapes[: 8 if adapted else 4]]
+    (hidden, weights, *stacks), factors = leaves[:4], leaves[4:]
+    loras = [kernel.Lora(*factors[i : i + 2]) for i in range(0, len(factors), 2)]
+    index = torch.zeros(T, k, dtype=torch.int64)
+    with poisoned_memory("cpu"):
+        out = kernel.fused_experts(hidden, index, weights, *stacks, "silu", *loras)
+        grads = torch.autograd.grad(out, leaves, torch.ones(T, H))
+    for got, want in zip((out, *grads), (hidden, *leaves)):
+        assert torch.equal(got, torch.zeros_like(want))
+
+
 def _without_cancellation(problem: AnyProblem, layouts: Layouts) -> AnyProblem:
     """Positive if something is expanded: with all rows the same, few elements are left to be right or wrong."""
     return replace(problem, positive=problem.positive or "expanded" in layouts.values())

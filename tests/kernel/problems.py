@@ -17,6 +17,7 @@ Tensor = torch.Tensor
 
 BALANCES = ("random", "one_takes_all", "one_row_each", "some_empty")
 SKIPPING = ("some_skipped", "all_skipped")
+NOTHING = ({"k": 0}, {"E": 0}, {"H": 0}, {"I": 0})
 LAYOUTS = ("contiguous", "transposed", "padded", "aligned", "expanded")
 
 FEW = 64

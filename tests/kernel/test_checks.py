@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .problems import LinearProblem, Problem
+from .agreement import assert_sums_over_nothing_are_zero
+from .problems import NOTHING, LinearProblem, Problem
 
 LINEAR_ERRORS = [
     ("input", lambda x: x.flatten(), ValueError, r"input must have shape \(M, K\), got \(464,\)"),
@@ -132,6 +133,7 @@ def test_an_activation_it_does_not_know_is_refused(kernel, device, activation):
         ([[0, 1]], 4, 16, TypeError, r"top_k_index must be a tensor of shape \(T, k\), got list"),
         (torch.zeros(3, 2).long(), 0, 16, ValueError, "num_experts must be at least 1, got 0"),
         (torch.zeros(3, 2).long(), 4.0, 16, TypeError, "num_experts must be an integer, got float"),
+        (torch.zeros(3, 2).long(), True, 16, TypeError, "num_experts must be an integer, got bool"),
         (torch.zeros(3, 2).long(), 4, 8, ValueError, "block_m must be at least 16, got 8"),
         (torch.zeros(3, 2).long(), 4, 48, ValueError, "block_m must be a power of two, got 48"),
         (torch.zeros(3, 2).long(), 4, "64", TypeError, "block_m must be an integer, got str"),
@@ -168,9 +170,40 @@ def test_m_sizes_that_do_not_fit_the_rows_are_refused_on_a_cpu(kernel, m_sizes, 
         kernel.moe_fused_linear(input, weight, torch.tensor(m_sizes))
 
 
-def test_a_gradient_of_an_integer_is_refused_by_torch_itself():
-    with pytest.raises(RuntimeError, match="floating point"):
-        torch.zeros(3, 2, dtype=torch.int64).requires_grad_()
+def test_rows_without_any_expert_are_refused_on_a_cpu(kernel):
+    weight, m_sizes = torch.empty(0, 5, 3), torch.empty(0, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"m_sizes must be .* sum to the 4 rows of input, got a sum of 0"):
+        kernel.moe_fused_linear(torch.ones(4, 3), weight, m_sizes)
+    assert kernel.moe_fused_linear(torch.ones(0, 3), weight, m_sizes).shape == (0, 5)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("sizes", NOTHING, ids=repr)
+def test_sums_over_nothing_are_zero(kernel, sizes, adapted):
+    """No choice, no expert (all slots are skipped then), no column, no intermediate one."""
+    assert_sums_over_nothing_are_zero(kernel, sizes, adapted)
+
+
+@pytest.mark.parametrize("got", [None, "experts", torch.nn.Linear], ids=str)
+@pytest.mark.parametrize("function", ["expert_weights", "unsupported_reason"])
+def test_what_is_no_module_is_not_looked_into(kernel, function, got):
+    with pytest.raises(TypeError, match=f"experts must be a module, got {type(got).__name__}"):
+        getattr(kernel, function)(got)
+
+
+@pytest.mark.parametrize(
+    ("function", "got", "message"),
+    [
+        ("keeping", 3, r"kept must be a list, as keeping\(\) gives it, got int"),
+        ("keeping", (), r"kept must be a list, as keeping\(\) gives it, got tuple"),
+        ("for_gradients", 3, r"kept must be a list or tuple, as keeping\(\) gives it, got int"),
+        ("for_gradients", None, r"kept must be a list or tuple, as keeping\(\) gives it, got NoneType"),
+    ],
+)
+def test_what_is_kept_is_a_list(kernel, function, got, message):
+    """Said at the call, not where it is entered."""
+    with pytest.raises(TypeError, match=message):
+        getattr(kernel, function)(got)
 
 
 def test_a_device_it_has_no_kernel_for_is_refused(kernel):

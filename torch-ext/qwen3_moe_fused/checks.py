@@ -38,7 +38,7 @@ def check_integer(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")

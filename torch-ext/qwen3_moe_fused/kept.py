@@ -6,7 +6,7 @@ experts, the second needs only what their backward reads, and the first has comp
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, ContextManager, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -17,8 +17,7 @@ Saved = Tuple[Optional[Tensor], ...]
 """Of one call: the seed of its dropout, then what ``reference.experts_forward`` saves; None where there is nothing."""
 
 
-@contextmanager
-def keeping(kept: Optional[List[Saved]] = None) -> Iterator[List[Saved]]:
+def keeping(kept: Optional[List[Saved]] = None) -> ContextManager[List[Saved]]:
     """Inside, each call of :func:`fused_experts` keeps what its backward would read, gradients or not.
 
     Calls that PyTorch's dispatcher sees (under torch.compile, a dispatch mode or torch.func) keep nothing.
@@ -32,16 +31,17 @@ def keeping(kept: Optional[List[Saved]] = None) -> Iterator[List[Saved]]:
         2I numbers of the dtype of the hidden states, one for each rank of its adapters, and an index.
 
     Raises:
+        TypeError: ``kept`` is no list.
         ValueError: by a call that differs from the one that ``kept`` holds in its place in sizes, dtype, ranks or
             whether there is dropout.
     """
     kept = [] if kept is None else kept
-    with _entered(_First(kept)):
-        yield kept
+    if not isinstance(kept, list):
+        raise TypeError(f"kept must be a list, as keeping() gives it, got {type(kept).__name__}")
+    return _entered(_First(kept), kept)
 
 
-@contextmanager
-def for_gradients(kept: Sequence[Saved] = ()) -> Iterator[None]:
+def for_gradients(kept: Sequence[Saved] = ()) -> ContextManager[None]:
     """Inside, layers are computed a second time for the sake of their gradients, as gradient checkpointing does.
 
     What backward reads is computed. The result of :func:`fused_experts`, which it does not read, is NaN: the down
@@ -53,10 +53,12 @@ def for_gradients(kept: Sequence[Saved] = ()) -> Iterator[None]:
             that of the first time. Calls beyond are computed.
 
     Raises:
+        TypeError: ``kept`` is no list or tuple.
         ValueError: as :func:`keeping`.
     """
-    with _entered(_Second(kept)):
-        yield
+    if not isinstance(kept, (list, tuple)):
+        raise TypeError(f"kept must be a list or tuple, as keeping() gives it, got {type(kept).__name__}")
+    return _entered(_Second(kept), None)
 
 
 def run_forward(*inputs, save: bool) -> Tuple[Optional[Tensor], ...]:
@@ -130,9 +132,9 @@ _pass: ContextVar[Optional[Callable]] = ContextVar("pass", default=None)
 
 
 @contextmanager
-def _entered(first_or_second: Callable) -> Iterator[None]:
+def _entered(first_or_second: Callable, value: Optional[List[Saved]]) -> Iterator[Optional[List[Saved]]]:
     before = _pass.set(first_or_second)
     try:
-        yield
+        yield value
     finally:
         _pass.reset(before)

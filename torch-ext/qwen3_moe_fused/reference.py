@@ -271,13 +271,14 @@ def weight_grad(grad_output: Tensor, input: Tensor, m_sizes: Tensor) -> Tensor:
 
 def _row_groups(m_sizes: Tensor, rows: int) -> Iterator[Tuple[int, slice]]:
     """(expert, its rows) for every expert that has rows."""
-    if m_sizes.numel() and (int(m_sizes.min()) < 0 or int(m_sizes.sum()) != rows):
+    sizes = m_sizes.tolist()
+    if sum(sizes) != rows or min(sizes, default=0) < 0:
         raise ValueError(
-            f"m_sizes must be non-negative and sum to the {rows} rows of input, got a sum of {int(m_sizes.sum())} "
-            f"and a smallest entry of {int(m_sizes.min())}"
+            f"m_sizes must be non-negative and sum to the {rows} rows of input, got a sum of {sum(sizes)} "
+            f"and a smallest entry of {min(sizes, default=None)}"
         )
     start = 0
-    for expert, size in enumerate(m_sizes.tolist()):
+    for expert, size in enumerate(sizes):
         if size:
             yield expert, slice(start, start + size)
         start += size

@@ -68,7 +68,7 @@ def plan(
     backward: bool,
 ) -> Plan:  # fmt: skip
     """The plan for ``slots`` rows of all experts together; ``dense`` is the tiling for dense weights."""
-    rows = cdiv(slots, gate_up_proj.shape[0])
+    rows = cdiv(slots, max(1, gate_up_proj.shape[0]))
     path = regime(rows, (gate_up_proj, down_proj), dtype, device)
     if path in ("dense", "dequantize"):
         first = dense.down_backward if backward else dense.gate_up

@@ -121,7 +121,7 @@ def _choose_narrow(few: bool, columns: int, dropout: bool, dtype: torch.dtype, s
 
 def choose(rows: int, experts: int, dtype: torch.dtype, device: torch.device) -> Tiling:
     """The tiling for ``rows`` sorted rows of ``experts`` experts."""
-    bucket = next_power_of_2(max(1, cdiv(rows, experts)))
+    bucket = next_power_of_2(max(1, cdiv(rows, max(1, experts))))
     return _choose(bucket, dtype, *_card(device))
 
 

@@ -53,6 +53,9 @@ def unsupported_reason(experts: nn.Module, call_gathers: bool = False) -> Option
     """Why ``fused_experts`` cannot stand in for this experts module's own forward; None if it can.
 
     With ``call_gathers`` the weights may be sharded now, because a hook gathers them when the module is called.
+
+    Raises:
+        TypeError: ``experts`` is no module.
     """
     return _unsupported_reason(experts, *_projections(experts), call_gathers)
 
@@ -62,6 +65,7 @@ def expert_weights(experts: nn.Module) -> ExpertWeights:
 
     Raises:
         ValueError: the module is not one that ``fused_experts`` can compute; see :func:`unsupported_reason`.
+        TypeError: ``experts`` is no module.
     """
     gate_up_proj, down_proj = _projections(experts)
     reason = _unsupported_reason(experts, gate_up_proj, down_proj)
@@ -96,6 +100,8 @@ def is_wrapped(experts: nn.Module) -> bool:
 
 def _projections(experts: nn.Module) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
     """Read once a call: under a parametrization, reading computes the tensor."""
+    if not isinstance(experts, nn.Module):
+        raise TypeError(f"experts must be a module, got {type(experts).__name__}")
     return getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
 
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 
 from .. import strategies
-from ..agreement import assert_experts_agree, assert_stray_id_is_skipped
+from ..agreement import assert_experts_agree, assert_stray_id_is_skipped, assert_sums_over_nothing_are_zero
 from ..oracle import RATIO, assert_close
 from ..poison import poisoned_memory
-from ..problems import BALANCES, LAYOUTS, SKIPPING, Problem
+from ..problems import BALANCES, LAYOUTS, NOTHING, SKIPPING, Problem
 
 PROBLEMS = [
     *(Problem(T=17, k=3, E=5, H=40, I=33, imbalance=imbalance) for imbalance in BALANCES + SKIPPING),
@@ -61,6 +61,12 @@ def test_the_tiles_of_a_large_card(kernel, triton_kernel, monkeypatch, card):
 @pytest.mark.parametrize("stray", [-1, 5, 2**32])
 def test_an_id_outside_the_experts_counts_as_one_to_skip(triton_kernel, stray):
     assert_stray_id_is_skipped(triton_kernel, Problem(), "cpu", stray)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("sizes", NOTHING, ids=repr)
+def test_sums_over_nothing_are_zero(triton_kernel, sizes, adapted):
+    assert_sums_over_nothing_are_zero(triton_kernel, sizes, adapted)
 
 
 @pytest.mark.parametrize("save", [True, False])

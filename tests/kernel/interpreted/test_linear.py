@@ -6,6 +6,7 @@ from hypothesis import given, settings
 
 from .. import strategies
 from ..agreement import assert_linear_agrees, assert_rows_without_expert_are_zero
+from ..poison import poisoned_memory
 from ..problems import BALANCES, LAYOUTS, LinearProblem
 
 PROBLEMS = [
@@ -44,3 +45,9 @@ def test_any_problem_agrees_with_the_oracle(triton_kernel, problem, dtype, layou
 @pytest.mark.parametrize("sizes", [[5, 9, 7], [0, 20, 90], [20, -9, 5]], ids=["few", "many", "negative"])
 def test_m_sizes_that_do_not_fit_leave_zeros_behind_and_nothing_past_the_end(triton_kernel, sizes):
     assert_rows_without_expert_are_zero(triton_kernel, LinearProblem(E=3), "cpu", sizes)
+
+
+def test_rows_without_any_expert_are_zero(triton_kernel):
+    with poisoned_memory("cpu"):
+        out = triton_kernel.moe_fused_linear(torch.ones(4, 3), torch.empty(0, 5, 3), torch.empty(0, dtype=torch.int32))
+    assert torch.equal(out, torch.zeros(4, 5))

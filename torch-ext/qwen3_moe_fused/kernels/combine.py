@@ -119,10 +119,10 @@ def combine_backward(
     tokens, k = top_k_index.shape
     width, strides = (1, (0, 0)) if slots is None else (slots.shape[1], (slots.stride(0), out.stride(0)))
     count, terms = (0, 0) if parts is None else (parts.shape[1], parts.shape[0])
-    if top_k_index.numel():
+    if tokens:
         block = min(1024, next_power_of_2(width))
         launch(
-            _combine_backward_kernel, (tokens, cdiv(width, block)), 4, 1,
+            _combine_backward_kernel, (tokens, max(1, cdiv(width, block))), 4, 1,
             (slots, parts, top_k_index, out, grad_weights), (count,),
             width, k, num_experts, terms, *strides, block, next_power_of_2(k),
         )  # fmt: skip
