@@ -21,8 +21,9 @@ def moe_fused_linear(input: torch.Tensor, weight: torch.Tensor, m_sizes: torch.T
     fp32, not in TF32.
 
     Args:
-        input: (M, K) bf16, fp16 or fp32, any strides, rows sorted by expert.
-        weight: (E, N, K), dtype and device of ``input``, any strides.
+        input: (M, K) bf16, fp16 or fp32, any strides, rows sorted by expert. On a GPU it is copied where columns lie
+            so far apart that a tile of them spans 2^31 elements, as in a transposed one of 33 million rows.
+        weight: (E, N, K), dtype and device of ``input``, any strides; copied likewise.
         m_sizes: (E,) int32 or int64, rows of each expert; the sum is M.
 
     Returns:

@@ -69,6 +69,22 @@ def test_sums_over_nothing_are_zero(triton_kernel, sizes, adapted):
     assert_sums_over_nothing_are_zero(triton_kernel, sizes, adapted)
 
 
+def test_tokens_that_are_far_from_themselves_are_copied_first(triton_kernel, monkeypatch):
+    """And their gradients, both transposed, as if offsets in 32 bits reached less far."""
+    experts, product = (
+        importlib.import_module(f"{triton_kernel.__name__}.kernels.{x}") for x in ("experts", "product")
+    )
+    problem, seen = Problem(), []
+    monkeypatch.setattr(product, "REACH", problem.H * problem.T)
+    for name in ("gate_up", "down_backward"):
+        launch = getattr(experts, name)
+        spy = lambda rows, *rest, launch=launch: seen.append(rows) or launch(rows, *rest)  # noqa: E731
+        monkeypatch.setattr(experts, name, spy)
+    layouts = {"hidden_states": "transposed", "grad_output": "transposed"}
+    assert_experts_agree(triton_kernel, problem, "cpu", torch.float32, layouts)
+    assert [rows.is_contiguous() for rows in seen] == [True, True]
+
+
 @pytest.mark.parametrize("save", [True, False])
 def test_forward_fills_the_pre_activation_only_to_save_it(launchers, save):
     problem = Problem(imbalance="some_skipped")

@@ -1,5 +1,7 @@
 """moe_fused_linear and its gradients through the Triton kernels."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,3 +53,26 @@ def test_rows_without_any_expert_are_zero(triton_kernel):
     with poisoned_memory("cpu"):
         out = triton_kernel.moe_fused_linear(torch.ones(4, 3), torch.empty(0, 5, 3), torch.empty(0, dtype=torch.int32))
     assert torch.equal(out, torch.zeros(4, 5))
+
+
+@pytest.mark.parametrize(("stride", "copied"), [(2**25 - 1, False), (2**25, True), (2**40, True)])
+def test_columns_out_of_reach_of_32_bits_are_brought_near(kernel, stride, copied):
+    near = importlib.import_module(f"{kernel.__name__}.kernels.product").near
+    for shape, strides in (((3, 64), (1, stride)), ((2, 3, 64), (7, 1, stride))):
+        tensor = torch.empty_strided(shape, strides, device="meta")
+        assert (near(tensor, 64) is not tensor) == copied
+        assert near(tensor, 64).stride(-1) == (1 if copied else stride)
+
+
+@pytest.mark.parametrize("short_by", [0, 1])
+def test_rows_that_are_far_from_themselves_are_copied_first(triton_kernel, monkeypatch, short_by):
+    """Of a transposed input and gradient, as if offsets reached less far."""
+    linear, product = (importlib.import_module(f"{triton_kernel.__name__}.kernels.{x}") for x in ("linear", "product"))
+    problem = LinearProblem(M=33, N=16, K=16)
+    monkeypatch.setattr(product, "REACH", 16 * problem.M + short_by)
+    seen, tiles = [], linear.linear_tiles
+    monkeypatch.setattr(linear, "linear_tiles", lambda a, *rest, **more: seen.append(a) or tiles(a, *rest, **more))
+    assert_linear_agrees(
+        triton_kernel, problem, "cpu", torch.float32, {"input": "transposed", "grad_output": "transposed"}
+    )
+    assert [a.is_contiguous() for a in seen] == [not short_by] * 2

@@ -17,7 +17,7 @@ from .four_bit_fast import fast_weights, permuted
 from .gate_up import gate_up
 from .gemv import gemv
 from .linear import linear_tiles
-from .product import Stored
+from .product import Stored, near
 from .routing import routing, tile_table
 from .weight_grad import weight_grad_rows
 
@@ -68,7 +68,7 @@ def experts_forward(
     tiles have another height."""
     gate_up_proj, down_proj = gate_up_projection.weight, down_projection.weight
     experts, hidden, width = down_proj.shape
-    top_k_index = top_k_index.contiguous()
+    hidden_states, top_k_index = near(hidden_states, hidden), top_k_index.contiguous()
     slots, k = top_k_index.numel(), top_k_index.shape[1]
     dtype, device = hidden_states.dtype, hidden_states.device
     if not save and suits_gemv(slots, gate_up_projection, down_projection, device):
@@ -128,6 +128,7 @@ def experts_backward(
     pre_activation, low_rank_gate_up, low_rank_down, order, m_sizes, *table = saved
     gate_up_proj, down_proj = gate_up_projection.weight, down_projection.weight
     experts, hidden, width = down_proj.shape
+    grad_output, hidden_states = near(grad_output, hidden), near(hidden_states, hidden)
     top_k_index = top_k_index.contiguous()
     slots, k = top_k_index.numel(), top_k_index.shape[1]
     dtype, device = hidden_states.dtype, hidden_states.device

@@ -13,7 +13,7 @@ import triton.language as tl
 from ..tiling import Tile, cdiv, choose
 from .launch import launch
 from .lora import Addition, add_low_rank, addition_operand
-from .product import Stored, accumulate, clamp, operand
+from .product import Stored, accumulate, clamp, near, operand
 from .routing import tile_table
 
 Tensor = torch.Tensor
@@ -132,6 +132,8 @@ def linear(input: Tensor, weight: Tensor, m_sizes: Tensor) -> Tensor:
     out = input.new_empty(rows, n)
     if out.numel():
         tiling = choose(rows, experts, input.dtype, input.device)
+        tile = tiling.linear.fit(n, k)
+        input, weight = near(input, tile.block_k), near(weight, tile.block_k)
         _, tiles = tile_table(m_sizes, rows, tiling.block_m, rest=experts)
-        linear_tiles(input, weight, tiles, tiling.block_m, tiling.linear.fit(n, k), out, rest=experts)
+        linear_tiles(input, weight, tiles, tiling.block_m, tile, out, rest=experts)
     return out

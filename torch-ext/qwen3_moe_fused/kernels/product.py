@@ -101,6 +101,16 @@ def _accumulate_dense(
     return acc
 
 
+REACH = 2**31
+"""Elements that an offset in 32 bits spans."""
+
+
+def near(tensor: Tensor, columns: int) -> Tensor:
+    """``tensor``, copied if ``columns`` steps along its last dimension lead beyond REACH: there kernels count in 32
+    bits, from row to row and from expert to expert in 64."""
+    return tensor.contiguous() if columns * tensor.stride(-1) >= REACH else tensor
+
+
 class Operand(NamedTuple):
     """An expert weight (E, N, K) as the kernels take it. ``split`` gives half-empty tiles a path of half the height."""
 
