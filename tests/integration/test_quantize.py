@@ -9,8 +9,8 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import core_model_loading
 
 from qwen3_moe_integration import MoeBitsAndBytesConfig
-from qwen3_moe_integration.quantize.stacks import quantize_stack
-from tests.integration.models import QWEN3, Tiny, tokens
+from qwen3_moe_integration.quantize.stacks import decode, quantize_stack
+from tests.integration.models import QWEN3, RATIO, Tiny, assert_same_training, tokens
 from tests.integration.quantized import (
     NESTED,
     PLAIN_FP4,
@@ -112,6 +112,22 @@ def test_llm_int8_skip_modules_are_honoured_and_the_head_stays_too(registered, t
             )
             assert isinstance(x, Params4bit) != stays
             assert not stays or same_bits(x.data, full[name].data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("skipped", ["gate_up_proj", "down_proj"])
+def test_a_projection_that_stays_dense_is_trained_beside_one_in_4_bit(registered, tmp_path, skipped, dtype):
+    """In its own dtype, whatever the other's bnb_4bit_compute_dtype, here bf16, says."""
+    checkpoint(tmp_path)
+    stock = load(tmp_path, dtype=dtype)
+    config = MoeBitsAndBytesConfig(llm_int8_skip_modules=["q_proj", "k_proj", "v_proj", "o_proj", f"experts.{skipped}"])
+    model = load(tmp_path, config, dtype=dtype)
+    stacks = {name: x for name, x in experts_parameters(model).items() if isinstance(x, Params4bit)}
+    assert [*stacks] == [name for name in experts_parameters(model) if skipped not in name]
+    for name, parameter in stacks.items():
+        stock.get_parameter(name).requires_grad_(False).copy_(decode(parameter, dtype))
+    stock.set_experts_implementation("eager")
+    assert_same_training(model, stock, ratio=RATIO if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("tiny", [QWEN3, Tiny("mixtral", {"num_local_experts": 64, "intermediate_size": 24})], ids=repr)

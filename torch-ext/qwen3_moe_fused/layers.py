@@ -48,7 +48,7 @@ class Qwen3MoeSparseMoeBlock(nn.Module):
 def _run(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Computes in the dtype of the weights and returns that of ``hidden_states``, as Transformers' experts do."""
+    """Computes in ``ExpertWeights.dtype`` and returns that of ``hidden_states``, as Transformers' experts do."""
     weights = expert_weights(experts)
-    tokens = hidden_states.to(weights.gate_up_proj.dtype)
+    tokens = hidden_states.to(weights.dtype)
     return fused_experts(tokens, top_k_index, top_k_weights, *weights).to(hidden_states.dtype)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .four_bit import four_bit_weight
-from .projection import Lora, Weight
+from .projection import FourBitWeight, Lora, Weight
 
 _ACTIVATIONS = {
     "SiLU": "silu",
@@ -38,6 +38,12 @@ class ExpertWeights(NamedTuple):
     activation: str
     gate_up_lora: Optional[Lora] = None
     down_lora: Optional[Lora] = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of products: of a dense projection, if there is one, or else the one that 4-bit stacks name."""
+        first_if_dense = self.down_proj if isinstance(self.gate_up_proj, FourBitWeight) else self.gate_up_proj
+        return first_if_dense.dtype
 
 
 def activation_name(act_fn) -> Optional[str]:

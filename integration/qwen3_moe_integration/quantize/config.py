@@ -21,7 +21,8 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
     Args:
         llm_int8_skip_modules: names, name endings or patterns of more modules that stay as they are; for experts,
             also of a single projection (``"experts.down_proj"``).
-        bnb_4bit_compute_dtype: bf16, fp16 or fp32, in which products are computed.
+        bnb_4bit_compute_dtype: bf16, fp16 or fp32, in which products are computed; experts that have one projection in
+            full precision compute in the dtype of that one.
         bnb_4bit_quant_type: "nf4" or "fp4".
         bnb_4bit_use_double_quant: also quantize the scales: 0.4 bit per weight less.
         bnb_4bit_quant_storage: dtype that the packed weights are kept as; FSDP wants that of the other weights.
