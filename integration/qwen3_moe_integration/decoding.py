@@ -1,7 +1,7 @@
 """Weights of linear layers in 4 bit, decoded: bitsandbytes takes three launches for each, the kernel one.
 
-Both give the same bits, so it is a matter of time alone who decodes. Calls of few rows stay bitsandbytes': for them it
-has products that decode as they go.
+Both give the same numbers, so it is a matter of time alone who decodes. Calls of few rows stay bitsandbytes': for them
+it has products that decode as they go.
 """
 
 from collections.abc import Callable

@@ -42,7 +42,7 @@ def enable_fused_linear_lora(model: nn.Module) -> nn.Module:
     ``torch.compile``, which reads PEFT's own.
 
     If the model's experts run on the kernel by then, that decodes the layers' weights too, in one launch for
-    bitsandbytes' three and to the same bits. Call this again if they do so only later.
+    bitsandbytes' three and to the same numbers. Call this again if they do so only later.
 
     Args:
         model: a model that PEFT has put adapters in.

@@ -132,6 +132,29 @@ def decoded(parameter: Params4bit, dtype: torch.dtype) -> Tensor:
     return bnb.dequantize_4bit(parameter.data.view(torch.uint8), state).view(parameter.quant_state.shape)
 
 
+def assert_decodes_to(ours: Tensor, parameter: Params4bit, theirs: Tensor) -> None:
+    """Bit for bit, but for FP4's nibble 8. The codebook has 0.0 for it; some of bitsandbytes' code gives -0.0: CUDA's,
+    and on a CPU that for a last block which is not whole."""
+    assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    state = parameter.quant_state
+    signs_zero = state.quant_type == "fp4" and ours.numel() % state.blocksize != 0
+    assert ours.is_cuda or signs_zero or torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+def every_byte(quant_type: str, nested: bool, device: str = "cpu") -> Params4bit:
+    """All 256 bytes, and so each nibble in both places, under each of many scales: the 256 codes of quantized ones, at
+    nested scales from tiny to large; or 0 and, subnormal to huge, a plain one for each exponent of fp32."""
+    state = Quantization(quant_type, 512, nested).quantize(torch.randn(4, 256, 512, device=device)).quant_state
+    if nested:
+        state.absmax = torch.arange(256, dtype=torch.uint8, device=device).repeat(4)
+        state.state2.absmax = torch.tensor([1e-6, 0.03, 1.7, 900.0], device=device)
+    else:
+        powers = 1.7 * 2.0 ** torch.arange(-149, 128, dtype=torch.float64, device=device)
+        state.absmax = torch.cat((powers.new_zeros(1), powers)).float().repeat(4)[:1024]
+    packed = torch.arange(256, dtype=torch.uint8, device=device).repeat(1024)[:, None]
+    return Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
+
+
 def product(A: Tensor, B: Tensor) -> Tensor:
     """(E, N, K): B @ A, each half of B's rows with its own A if A is twice as high as B is wide."""
     halves = A.shape[1] // B.shape[2]

@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 
 from .. import strategies
-from ..adapted import Adapter, Quantization, assert_adapted_experts_agree, decoded
+from ..adapted import (
+    Adapter,
+    Quantization,
+    assert_adapted_experts_agree,
+    assert_decodes_to,
+    decoded,
+    every_byte,
+)
 from ..poison import poisoned_memory
 from ..problems import Problem
 
@@ -99,10 +106,18 @@ def test_blocks_that_straddle_rows_are_decoded_first(triton_kernel, problem):
 
 @pytest.mark.parametrize("quantization", [Quantization(), Quantization("fp4", blocksize=128, nested=False)], ids=repr)
 @pytest.mark.parametrize("stack", [(3, 64, 128), (5, 33, 70), (1, 2, 2)], ids=str)
-def test_dequantize_is_bitsandbytes_bit_for_bit(triton_kernel, quantization, dtype, stack):
+def test_dequantize_gives_the_numbers_of_bitsandbytes(triton_kernel, quantization, dtype, stack):
     parameter = quantization.quantize(torch.randn(stack, dtype=dtype))
     ours = triton_kernel.dequantize(triton_kernel.four_bit_weight(parameter))
-    assert torch.equal(ours, decoded(parameter, dtype))
+    assert_decodes_to(ours, parameter, decoded(parameter, dtype))
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_every_nibble_meets_scales_of_every_size(triton_kernel, quant_type, nested, dtype):
+    parameter = every_byte(quant_type, nested)
+    ours = triton_kernel.dequantize(triton_kernel.four_bit_weight(parameter), dtype)
+    assert_decodes_to(ours, parameter, decoded(parameter, torch.float32).to(dtype))
 
 
 def test_experts_without_rows_are_not_decoded(triton_kernel, launchers):

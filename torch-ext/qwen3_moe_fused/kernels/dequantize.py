@@ -1,4 +1,4 @@
-"""Dequantize: a 4-bit stack, or some experts of it, in full precision, bit for bit as bitsandbytes gives it.
+"""Dequantize: a 4-bit stack, or some experts of it, in full precision, equal in value to what bitsandbytes gives.
 
     out[i] = round(code[nibble i] * absmax[i // blocksize])
 
