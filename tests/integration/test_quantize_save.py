@@ -174,6 +174,11 @@ def shortened(key):
     return lambda tensors: tensors.update({key: tensors[key][:-1].clone()})
 
 
+def at_the_end(key, value):
+    """The last number is another one."""
+    return lambda tensors: tensors[key].view(-1)[-1:].fill_(value)
+
+
 def cast(key, dtype=torch.float16):
     return lambda tensors: tensors.update({key: tensors[key].to(dtype)})
 
@@ -207,7 +212,11 @@ DAMAGE = [
     (rewritten(blocksize=100), f"{STACK}: its blocksize must be one of .*, got 100"),
     (rewritten(dtype="float64"), f"{STACK}: its dtype must be one of .*, got 'float64'"),
     (rewritten(nested_blocksize=0), f"{STACK}: its nested_blocksize must be one of .*, got 0"),
-    (rewritten(nested_offset=None), f"{STACK}: its nested_offset must be a number, got None"),
+    (rewritten(nested_offset=None), f"{STACK}: its nested_offset must be a finite number, got None"),
+    (rewritten(nested_offset=float("nan")), f"{STACK}: its nested_offset must be a finite number, got nan"),
+    (at_the_end(f"{STACK}.nested_absmax", float("nan")), f"{STACK}: its nested_absmax must be finite, got 1 that are"),
+    (at_the_end(f"{QUERY}.nested_quant_map", 0.5), f"{QUERY}: its nested_quant_map is not that of bitsandbytes"),
+    (at_the_end(f"{QUERY}.quant_map", float("nan")), f"{QUERY}: its quant_map is not that of nf4"),
     (rewritten(shape=None), f"{STACK}: its shape must be a list of two sizes or more, got None"),
     (rewritten(shape=[-8, -48, 32]), rf"{STACK}: its shape must be a list .*, got \[-8, -48, 32\]"),
     (rewritten(quant_type="fp4"), f"{STACK}: its quant_map is not that of fp4"),
@@ -236,6 +245,15 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_tensor(quantized, damag
     edit(quantized[1], damage)
     with pytest.raises(ValueError, match=message):
         load(quantized[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_plain_scales_that_are_no_numbers_are_an_error(registered, tmp_path, value):
+    checkpoint(tmp_path / "full")
+    load(tmp_path / "full", PLAIN_FP4).save_pretrained(tmp_path / "quantized")
+    edit(tmp_path / "quantized", at_the_end(f"{STACK}.absmax", value))
+    with pytest.raises(ValueError, match=f"{STACK}: its absmax must be finite, got 1 that are not"):
+        load(tmp_path / "quantized")
 
 
 @pytest.mark.parametrize("name", [STACK, QUERY])

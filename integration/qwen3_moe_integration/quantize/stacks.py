@@ -12,12 +12,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from functools import cache
 from itertools import islice
 from typing import Any, Optional
 
 import torch
 from bitsandbytes.functional import (
     QuantState,
+    create_dynamic_map,
     dequantize_4bit,
     dequantize_blockwise,
     get_4bit_type,
@@ -283,15 +285,17 @@ def _check_numbers(name: str, numbers: Mapping[str, Any], nested: bool) -> None:
     if not isinstance(shape, list) or len(shape) < 2 or not all(type(size) is int and size > 0 for size in shape):
         raise ValueError(f"{name}: its shape must be a list of two sizes or more, got {shape!r}")
     _check_shape(name, shape)
-    if nested and type(numbers.get("nested_offset")) not in (int, float):
-        raise ValueError(f"{name}: its nested_offset must be a number, got {numbers.get('nested_offset')!r}")
+    offset = numbers.get("nested_offset")
+    if nested and not (type(offset) in (int, float) and math.isfinite(offset)):
+        raise ValueError(f"{name}: its nested_offset must be a finite number, got {offset!r}")
 
 
 def _check_tensors(
     name: str, packed: Tensor, statistics: Mapping[str, Tensor], numbers: Mapping[str, Any], nested: bool
 ) -> None:
     """Data and statistics have as many entries as the shape wants, and the dtypes that bitsandbytes gave them, in which
-    alone it reads them; the codebook is that of the type, by whose name some kernels decode."""
+    alone it reads them; scales are numbers, and the codebooks those of bitsandbytes: of the type, by whose name some
+    kernels decode, and of quantized scales, for which it has only one."""
     weights = math.prod(numbers["shape"])
     blocks = -(-weights // numbers["blocksize"])
     wanted = {"absmax": (blocks, torch.uint8 if nested else torch.float32), "quant_map": (16, torch.float32)}
@@ -308,6 +312,17 @@ def _check_tensors(
         wrong.append(f"{packed.nbytes} bytes instead of {weights // 2}")
     if wrong:
         raise ValueError(f"{name}: {', '.join(wrong)} for a shape of {tuple(numbers['shape'])}")
-    code = get_4bit_type(numbers["quant_type"], device=packed.device)
-    if not torch.allclose(found["quant_map"].flatten(), code, atol=1e-4):
-        raise ValueError(f"{name}: its quant_map is not that of {numbers['quant_type']}")
+    scales = "nested_absmax" if nested else "absmax"
+    if strange := int((~found[scales].isfinite()).sum()):
+        raise ValueError(f"{name}: its {scales} must be finite, got {strange} that are not")
+    codes = {"quant_map": (get_4bit_type(numbers["quant_type"], device=packed.device), numbers["quant_type"])}
+    if nested:
+        codes["nested_quant_map"] = (_nested_code().to(packed.device), "bitsandbytes for quantized scales")
+    for key, (code, whose) in codes.items():
+        if not torch.allclose(found[key].flatten(), code, atol=1e-4):
+            raise ValueError(f"{name}: its {key} is not that of {whose}")
+
+
+@cache
+def _nested_code() -> Tensor:
+    return create_dynamic_map()
