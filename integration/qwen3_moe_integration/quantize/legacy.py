@@ -13,8 +13,8 @@ def legacy_config(name_or_path: str, **kwargs: Any) -> PreTrainedConfig:
     ``from_pretrained(path, config=legacy_config(path))`` reads checkpoints that Transformers 4 saved, where each
     expert's matrices were quantized alone; those of transformers-qwen3-moe-fused; and those of Transformers 5, where
     experts are in full precision and are quantized now. The first two keep every weight: the packed bytes are put
-    together as they are, and where the scales were quantized, they are decoded to fp32 and stay so. ``save_pretrained``
-    then writes the format of this package.
+    together as they are, and where the scales of parts were quantized, they are decoded to fp32 and stay so; a single
+    stack stays as it is. ``save_pretrained`` then writes the format of this package.
 
     Args:
         name_or_path: a folder or a repository on the Hub.
