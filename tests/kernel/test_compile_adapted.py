@@ -10,7 +10,7 @@ import torch
 from .adapted import FACTORS, Adapter, Quantization
 from .problems import Problem
 
-PROBLEM = Problem(H=64, I=32)
+PROBLEM = Problem(H=64, I=32, imbalance="some_skipped")
 CASES = [
     pytest.param(Quantization(), None, id="4 bit"),
     pytest.param(Quantization("fp4", nested=False), Adapter(halves=2), id="4 bit and adapters"),
