@@ -10,12 +10,14 @@ from torch import nn
 from qwen3_moe_integration import kernelize_model
 from tests.integration.models import (
     QWEN3,
+    RATIO,
     ExpertsCalls,
     Tiny,
     assert_same_training,
     generated,
     random_routing,
     stock_twin,
+    tokens,
 )
 from tests.kernel.oracle import assert_close
 
@@ -48,6 +50,10 @@ FUSED = [
 ARIA = Tiny("aria_text", {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1})
 """Its weights are transposed. The oldest supported Transformers does not give it the interface yet."""
 
+ILL_CONDITIONED = ("qwen3_next", "qwen3_5_moe_text", "gemma4_text")
+"""With Transformers' own experts too, some of their gradients in fp32 are 1e-5 to 7e-5 off those in fp64: in the first
+two those of linear attention and of what feeds it, in Gemma 4 those of norms and of the router."""
+
 STOCK = [
     (Tiny("gpt_oss", LOCAL), "GptOssExperts", "it joins its gate and up projections in a way of its own"),
     (Tiny("nemotron_h", {**GROUPED, "layers_block_type": ["moe", "attention"]}), "NemotronHExperts", "it has no gate"),
@@ -57,12 +63,18 @@ STOCK = [
 
 @pytest.mark.parametrize("tiny", [*(pytest.param(tiny, marks=pytest.mark.compat) for tiny in FUSED), ARIA], ids=repr)
 def test_the_kernel_computes_the_experts_of(tiny, registered, warnings):
-    """In fp64: some of these models' gradients are ill-conditioned, and round-off would pass for a mistake."""
-    model = tiny.build().double()
+    """In fp32; only ill-conditioned gradients, where round-off would pass for a mistake, in fp64."""
+    model = tiny.build()
     stock = stock_twin(model)
     model.set_experts_implementation(OURS)
+    assert model.dtype == torch.float32
+    prompt = tokens()
+    with torch.no_grad():
+        want, got = (each(input_ids=prompt, use_cache=False).logits for each in (stock, model))
+    assert_close("logits", want, got, RATIO)
+    wide = tiny.model_type in ILL_CONDITIONED
     with ExpertsCalls() as calls:
-        assert_same_training(model, stock)
+        assert_same_training(*(copy.deepcopy(each).double() if wide else each for each in (model, stock)))
     assert (calls.forward, calls.backward) == (tiny.moe_layers, tiny.moe_layers)
     assert torch.equal(generated(model), generated(stock))
     assert warnings == []
