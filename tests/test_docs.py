@@ -26,6 +26,7 @@ from tests.integration.models import ExpertsCalls
 GUIDES = sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))
 PAGES = [*map(str, GUIDES), "README.md", "CARD.md", "integration/README.md", "benchmarks/README.md"]
 ON_A_HUB = ["docs/pinned-ci.md", "CARD.md"]
+CI = ".github/workflows/ci.yml"
 RUN = {"python", "bash", "toml"}
 SHOWN = {"text", "mermaid"}
 
@@ -258,6 +259,13 @@ def test_the_thresholds_are_those_of_the_kernel(kernel):
     regime = importlib.import_module(f"{kernel.__name__}.regime")
     for threshold in (f"{regime.GEMV_SLOTS} slots", f"{regime.FAST_ROWS} rows", f"{regime.PLAIN_ROWS} rows"):
         assert f"at most {threshold}" in text
+
+
+def test_readme_asks_for_the_python_that_the_scripts_need():
+    """And that CI has: the integration alone is content with an older one."""
+    minor = re.search(r'"scripts/\*\*" = "py3(\d+)"', (ROOT / "pyproject.toml").read_text())[1]
+    for file, words in (("README.md", "With Python {}"), ("Makefile", "Python {} or"), (CI, 'python-version: "{}"')):
+        assert words.format(f"3.{minor}") in (ROOT / file).read_text(), file
 
 
 def test_every_public_name_is_in_the_guides(kernel):
