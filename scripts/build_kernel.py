@@ -82,8 +82,12 @@ def read_revision(source: Path) -> Revision:
     content = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
     if not (source / ".git").exists():
         return Revision(None, False, content)
-    commit = _git(source, "rev-parse", "HEAD")
-    return Revision(commit, bool(_git(source, "status", "--porcelain", "--", *SOURCES)), content)
+    return Revision(_git(source, "rev-parse", "HEAD"), bool(changed(source, *SOURCES)), content)
+
+
+def changed(source: Path, *paths: str) -> str:
+    """Which of ``paths``, or of what is below them, differs from the commit or is not in it, as git says it."""
+    return _git(source, "status", "--porcelain", "--", *paths)
 
 
 def build(source: Path, out: Path) -> list[Path]:

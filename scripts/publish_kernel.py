@@ -1,6 +1,6 @@
 """Publishes the kernel on the Hub: builds it, lays out what goes to each branch, and commits that.
 
-    python scripts/publish_kernel.py [--source .] [--repo-id org/name] [--dry-run FOLDER]
+    python scripts/publish_kernel.py [--source .] [--repo-id org/name] [--tag v1] [--dry-run FOLDER]
 
 | branch            | holds                                                      |
 | ----------------- | ---------------------------------------------------------- |
@@ -8,13 +8,15 @@
 | ``main``          | ``README.md``, rendered from ``CARD.md``                   |
 
 Each branch gets one commit that makes it equal to its folder, so a user never meets half an upload, and a commit that
-someone pinned stays what it was. Only a build of a clean commit is published: its metadata names that commit.
+someone pinned stays what it was. Only what a commit holds is published: a build's metadata names its commit, and so
+does the message of each branch's commit. ``--tag`` is the git tag that asks for it, whose version must be build.toml's.
 ``HF_TOKEN`` and ``HF_ENDPOINT`` say who publishes and where, as everywhere in huggingface_hub. It takes the packages of
 requirements-publish.txt: ``make publish`` sees to that.
 """
 
 import argparse
 import ast
+import re
 import shutil
 import sys
 import tempfile
@@ -24,8 +26,10 @@ import jinja2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from build_kernel import BuildError, build, package_folder, read_config, read_revision, smoke_test
+from build_kernel import SOURCES, BuildError, build, changed, package_folder, read_config, read_revision, smoke_test
 from kernel_rules import literal_all
+
+CARD, BENCHMARKS = "CARD.md", "benchmarks/benchmark*.py"  # what is published beside the build
 
 
 class PublishError(Exception):
@@ -42,8 +46,8 @@ def lay_out(source: Path, repo_id: str, folder: Path) -> dict[str, Path]:
     revision = read_revision(source)
     if revision.commit is None:
         raise PublishError(f"{source} is not the top of a git checkout: the build could not say what it was made from")
-    if revision.dirty:
-        raise PublishError(f"{source} differs from its commit {revision.commit[:7]}: commit the changes first")
+    if changes := changed(source, *SOURCES, CARD, BENCHMARKS):
+        raise PublishError(f"{source} differs from its commit {revision.commit[:7]}: commit this first:\n{changes}")
     main, version = folder / "main", folder / f"v{read_config(source)['general']['version']}"
     main.mkdir(parents=True)
     (main / "README.md").write_text(render_card(source, repo_id))
@@ -53,6 +57,16 @@ def lay_out(source: Path, repo_id: str, folder: Path) -> dict[str, Path]:
         (version / "benchmarks").mkdir(exist_ok=True)
         shutil.copyfile(path, version / "benchmarks" / path.name)
     return {version.name: version, "main": main}
+
+
+def check_tag(tag: str, version: int) -> None:
+    """A version's first build is tagged v<version>, later ones v<version>.<number>.
+
+    Raises:
+        PublishError: ``tag`` asks for something else than ``version``.
+    """
+    if not re.fullmatch(rf"v{version}(\.\d+)?", tag):
+        raise PublishError(f"tag {tag!r} is not for version {version} of build.toml: v{version} or v{version}.<number>")
 
 
 def publish(trees: dict[str, Path], repo_id: str, message: str) -> dict[str, str]:
@@ -81,7 +95,7 @@ def render_card(source: Path, repo_id: str) -> str:
     names = literal_all(ast.parse((package / "__init__.py").read_text()))
     classes = [node for node in ast.parse((package / "layers.py").read_text()).body if isinstance(node, ast.ClassDef)]
     environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string((source / "CARD.md").read_text()).render(
+    return environment.from_string((source / CARD).read_text()).render(
         repo_id=repo_id,
         version=general["version"],
         license=general["license"].lower(),
@@ -95,18 +109,26 @@ def render_card(source: Path, repo_id: str) -> str:
 
 def benchmark_files(source: Path) -> list[Path]:
     """The scripts that ``kernels benchmark`` runs."""
-    return sorted((source / "benchmarks").glob("benchmark*.py"))
+    return sorted(source.glob(BENCHMARKS))
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, default=root, help="folder of build.toml (default: this repository)")
     parser.add_argument("--repo-id", help="where to publish (default: repo-id of build.toml)")
+    parser.add_argument("--tag", help="refuse unless this git tag is v<version> or v<version>.<number>")
     parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write the branches there and upload nothing")
-    arguments = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    arguments = parse()
     try:
-        repo_id = arguments.repo_id or read_config(arguments.source)["general"]["hub"]["repo-id"]
+        general = read_config(arguments.source)["general"]
+        if arguments.tag is not None:
+            check_tag(arguments.tag, general["version"])
+        repo_id = arguments.repo_id or general["hub"]["repo-id"]
         with tempfile.TemporaryDirectory() as scratch:
             trees = lay_out(arguments.source, repo_id, arguments.dry_run or Path(scratch))
             if arguments.dry_run:

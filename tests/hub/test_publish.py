@@ -1,11 +1,19 @@
 """What scripts/publish_kernel.py puts on the Hub."""
 
 import json
+import os
+import shlex
+import subprocess
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
 from tests.hub.conftest import REPO
+
+import publish_kernel
+
+WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/publish.yml").read_text())
 
 
 def tree(repository, branch: str) -> dict[str, bytes]:
@@ -19,7 +27,7 @@ def folder(path) -> dict[str, bytes]:
 
 
 def test_branches_hold_what_a_dry_run_lays_out(hub, maintainer, v1, tmp_path):
-    maintainer.run(maintainer.home / "v1", "--dry-run", str(tmp_path / "trees")).check_returncode()
+    maintainer.run(maintainer.home / "v1", "--tag", "v1", "--dry-run", str(tmp_path / "trees")).check_returncode()
     for branch in ("v1", "main"):
         assert tree(hub.repository(REPO), branch) == folder(tmp_path / "trees" / branch)
 
@@ -96,6 +104,56 @@ def test_refuses_a_build_that_no_commit_holds_or_that_does_not_load(hub, maintai
     assert run.returncode == 1
     assert message in run.stderr
     assert not (hub.root / "org/refused.git").exists()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "torch-ext/qwen3_moe_fused/layers.py",
+        "build.toml",
+        "scripts/new.py",
+        "CARD.md",
+        "benchmarks/benchmark_fused_experts.py",
+        "benchmarks/benchmark_new.py",
+    ],
+)
+def test_refuses_whatever_is_published_and_differs_from_the_commit(maintainer, tmp_path, path):
+    source = maintainer.checkout(tmp_path.name)
+    (source / path).parent.mkdir(exist_ok=True)
+    with (source / path).open("a") as file:
+        file.write("\n")
+    with pytest.raises(publish_kernel.PublishError, match=f"differs from its commit.*\n.*{path.split('/')[0]}"):
+        publish_kernel.lay_out(source, REPO, tmp_path / "trees")
+    assert not (tmp_path / "trees").exists()
+
+
+def test_refuses_the_tag_of_another_version(hub, maintainer, v1):
+    run = maintainer.run(maintainer.home / "v1", "--repo-id", "org/refused", "--tag", "v2")
+    assert run.returncode == 1 and "tag 'v2' is not for version 1 of build.toml" in run.stderr
+    assert not (hub.root / "org/refused.git").exists()
+
+
+@pytest.mark.parametrize("tag", ["1", "v", "v11", "v1.", "v1-rc", "xv1", "v1.2.3", ""])
+def test_a_tag_is_the_version_and_maybe_a_number(tag):
+    publish_kernel.check_tag("v1", 1)
+    publish_kernel.check_tag("v12.10", 12)
+    with pytest.raises(publish_kernel.PublishError, match="is not for version 1 "):
+        publish_kernel.check_tag(tag, 1)
+
+
+def test_the_workflow_gives_the_script_its_tag():
+    """What it runs exists, and the script's parser reads what make would give it."""
+    tests, publishes = [step["run"] for step in WORKFLOW["jobs"]["publish"]["steps"] if "run" in step]
+    assert os.access(ROOT / tests, os.X_OK)
+    assert publishes.startswith("make publish ")
+    printed = subprocess.run(
+        ["bash", "-ec", publishes.replace("make", "make --dry-run --assume-old .publish/ready", 1)],
+        env=os.environ | {"GITHUB_REF_NAME": "v1.2"}, cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    _, _, script, *arguments = shlex.split(printed.splitlines()[-1])
+    assert script == "scripts/publish_kernel.py"
+    options = publish_kernel.parse(arguments)
+    assert options.tag == "v1.2" and options.dry_run is None and options.repo_id is None
 
 
 def test_without_a_token_nothing_is_published(hub, maintainer, v1):
