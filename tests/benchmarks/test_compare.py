@@ -218,6 +218,37 @@ def test_grouped_nf4_gemm_is_called_as_its_contract_says(monkeypatch, tmp_path, 
         assert record["call_ms"] and max(record["errors"].values()) < 0.01
 
 
+def test_scattermoe_is_called_as_its_functions_are_defined(monkeypatch, tmp_path, kernel_dir):
+    """Its kernels need a GPU: these compute what its two functions do, and take dtypes and sizes as strictly."""
+
+    def flatten_sort_count(expert_idxs, num_experts):
+        sorted_experts, slots = expert_idxs.flatten().sort()
+        return sorted_experts, slots, expert_idxs.flatten().bincount(minlength=num_experts).cumsum(-1)
+
+    def parallel_linear(
+        inputs, expert_weights, k, sorted_experts, slots, offsets, gates=None, grouped_in=False, grouped_out=False
+    ):
+        assert len(slots) == len(inputs) * k and len(offsets) == len(expert_weights)
+        rows = inputs if grouped_in else inputs[slots // k]
+        groups = zip(rows.split(sorted_experts.bincount(minlength=len(offsets)).tolist()), expert_weights)
+        out = torch.cat([rows @ matrix for rows, matrix in groups])
+        if not grouped_out:
+            out = torch.empty_like(out).index_copy(0, slots, out)
+        return out if gates is None else (gates[:, None] @ out.view(*gates.shape, -1)).squeeze(1)
+
+    functions = SimpleNamespace(flatten_sort_count=flatten_sort_count, parallel_linear=parallel_linear)
+    monkeypatch.setitem(sys.modules, "scattermoe", SimpleNamespace(parallel_experts=functions))
+    monkeypatch.setitem(sys.modules, "scattermoe.parallel_experts", functions)
+    arguments = ["--quick", "--device", "cpu", "--kernel", str(kernel_dir), "--out", str(tmp_path)]
+    assert compare.main([*arguments, "--tokens", "1", "16", "--peers", "scattermoe"]) == 0
+    records = json.loads((tmp_path / "compare.json").read_text())["layer"]
+    assert {(r["peer"], r["pass"], r["tokens"]) for r in records} == {
+        ("ScatterMoE", which, tokens) for which in problem.PASSES for tokens in (1, 16)
+    }
+    for record in records:
+        assert record["call_ms"] and max(record["errors"].values()) < 0.01
+
+
 def test_an_interrupted_run_leaves_a_whole_file(kernel_dir, tmp_path, monkeypatch):
     def interrupted(self, which):
         if which == "frozen":
