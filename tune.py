@@ -20,6 +20,7 @@ import triton
 from kernels import get_local_kernel
 
 ROOT = Path(__file__).resolve().parent
+DEVICE = torch.device("cuda", 0)
 ROWS = (1, 8, 32, 64, 128, 256, 1024)  # rows per expert; each entry serves up to the next
 BLOCK_M = {1: (16,), 8: (16,), 32: (32, 64), 64: (64, 128), 128: (64, 128), 256: (128,), 1024: (128, 256)}
 
@@ -64,8 +65,8 @@ class Layer:
         )  # fmt: skip
         experts, hidden, width, k = sizes.experts, sizes.hidden, sizes.intermediate, sizes.top_k
         tokens = max(1, rows * experts // k)
-        options = {"device": "cuda", "dtype": torch.bfloat16}
-        scores = torch.randn(tokens, experts, device="cuda") + 0.5 * torch.randn(experts, device="cuda")
+        options = {"device": DEVICE, "dtype": torch.bfloat16}
+        scores = torch.randn(tokens, experts, device=DEVICE) + 0.5 * torch.randn(experts, device=DEVICE)
         weights, self.index = scores.softmax(-1).topk(k)
         self.weights = weights.bfloat16()
         self.experts, self.k, slots = experts, k, tokens * k
@@ -76,7 +77,7 @@ class Layer:
         self.intermediate = torch.randn(slots, width, **options)
         self.slots = torch.empty(slots, hidden, **options)
         self.grad_pre_activation = torch.empty_like(self.pre_activation)
-        self.parts = torch.empty(width, slots, device="cuda")
+        self.parts = torch.empty(width, slots, device=DEVICE)
 
     def route(self, block_m: int) -> None:
         self.block_m = block_m
@@ -128,9 +129,9 @@ def fastest(name, launch, candidates):
 def tune(kernel, sizes, rows: int):
     """The fastest tiling for one number of rows per expert, and its kernels' times in milliseconds."""
     tiling = importlib.import_module(f"{kernel.__name__}.tiling")
-    shared = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    shared = torch.cuda.get_device_properties(DEVICE).shared_memory_per_block_optin
     layer = Layer(kernel, sizes, rows)
-    base = tiling.choose(rows * sizes.experts, sizes.experts, torch.bfloat16, torch.device("cuda", 0))
+    base = tiling.choose(rows * sizes.experts, sizes.experts, torch.bfloat16, DEVICE)
 
     def fitting(field, candidates, **others):
         made = (replace(base, **{field: tiling.Tile(*numbers)}, **others) for numbers in candidates)
@@ -169,9 +170,9 @@ def tune_fast_rows(kernel, sizes):
     choose, times = regime.regime, {}
     for count in DECODED_ROWS:
         tokens = count * experts // sizes.top_k
-        scores = torch.randn(tokens, experts, device="cuda") + 0.5 * torch.randn(experts, device="cuda")
+        scores = torch.randn(tokens, experts, device=DEVICE) + 0.5 * torch.randn(experts, device=DEVICE)
         weights, index = scores.softmax(-1).topk(sizes.top_k)
-        x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        x = torch.randn(tokens, hidden, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn_like(x)
 
         def run():
@@ -196,8 +197,8 @@ def changeover(times):
 def random_nf4(kernel, shape):
     """A stack of random bytes: what the weights are does not matter to their time."""
     size = shape[0] * shape[1] * shape[2]
-    packed = torch.randint(256, (size // 2,), dtype=torch.uint8, device="cuda")
-    absmax, code = torch.rand(size // 64, device="cuda"), torch.linspace(-1, 1, 16, device="cuda")
+    packed = torch.randint(256, (size // 2,), dtype=torch.uint8, device=DEVICE)
+    absmax, code = torch.rand(size // 64, device=DEVICE), torch.linspace(-1, 1, 16, device=DEVICE)
     return kernel.FourBitWeight(packed, absmax, code, None, None, None, shape, 64, 0, "nf4", torch.bfloat16)
 
 
@@ -213,12 +214,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main() -> None:
-    sizes = parse()
+def main(argv: list[str] | None = None) -> None:
+    sizes = parse(argv)
     if not torch.cuda.is_available():
         sys.exit("tune.py: no CUDA device found")
     kernel = get_local_kernel(sizes.kernel)
-    card = torch.cuda.get_device_name()
+    card = torch.cuda.get_device_name(DEVICE)
     tilings, times = {}, {}
     for rows in sizes.rows:
         tiling, times[rows] = tune(kernel, sizes, rows)
