@@ -36,8 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from tiny_checkpoint import make_checkpoint, texts
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-AGREE = {"cpu": 1e-4, "cuda": 5e-3}
-"""Relative, of perplexities and smoothed losses of the same weights, fp32 and bf16. Another seed differs by 4e-2."""
+PERPLEXITIES_AGREE = 1e-4
+"""Relative. Less than what quantizing changes, or a wrong decoding could hide in it: 2e-4 in bf16 on an H200, where the
+paths are 5e-5 apart; in fp32 on a CPU it changes 6e-3."""
+CURVES_AGREE = {"cpu": 1e-4, "cuda": 1e-3}
+"""Relative, of smoothed losses, in fp32 and bf16. Rounding adds up over the steps, to 4e-4 in 300 of them on an H200;
+another seed differs by 5e-2."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -90,9 +94,9 @@ def main(argv: list[str] | None = None) -> None:
     plot(curves, options.out / "quality.png")
     print(json.dumps({key: value for key, value in result.items() if key != "losses"}, indent=1))
     fused, by_bnb = perplexities["4 bit, kernel"], perplexities["4 bit, decoded by bitsandbytes"]
-    if abs(fused / by_bnb - 1) > AGREE[device]:
+    if abs(fused / by_bnb - 1) > PERPLEXITIES_AGREE:
         raise SystemExit(f"perplexities in 4 bit differ: {fused} on the kernel, {by_bnb} decoded by bitsandbytes")
-    if result["worst_difference"] > AGREE[device]:
+    if result["worst_difference"] > CURVES_AGREE[device]:
         raise SystemExit(f"the loss curves of the two paths differ by {result['worst_difference']} of the loss")
 
 

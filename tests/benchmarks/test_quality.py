@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import ROOT
+
 ARGUMENTS = ["--steps", "3", "--whole-steps", "2", "--batch-size", "2", "--seq-len", "256", "--rank", "2"]
 
 
@@ -29,6 +31,14 @@ def test_both_ways_to_multiply_4_bit_weights_agree(quality, kernel_dir, tmp_path
     assert result["worst_difference"] < 1e-4 < result["difference_between_seeds"]
     assert [len(losses) for losses in result["losses"].values()] == [3, 3, 3]
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("folder", "device"), [("cpu", "cpu"), ("nvidia-h200", "cuda")])
+def test_the_committed_results_pass_by_less_than_quantizing_changes(quality, folder, device):
+    result = json.loads((ROOT / "benchmarks/results" / folder / "quality.json").read_text())
+    full, fused, by_bnb = result["perplexity"].values()
+    assert abs(fused / by_bnb - 1) < quality.PERPLEXITIES_AGREE < min(abs(fused / full - 1), abs(by_bnb / full - 1))
+    assert result["worst_difference"] < quality.CURVES_AGREE[device] < 0.1 * result["difference_between_seeds"]
 
 
 @pytest.mark.parametrize(
