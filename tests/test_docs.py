@@ -259,6 +259,24 @@ def test_the_thresholds_are_those_of_the_kernel(kernel):
     regime = importlib.import_module(f"{kernel.__name__}.regime")
     for threshold in (f"{regime.GEMV_SLOTS} slots", f"{regime.FAST_ROWS} rows", f"{regime.PLAIN_ROWS} rows"):
         assert f"at most {threshold}" in text
+    large, rows, small = regime.LARGE_SCRATCH >> 20, regime.LARGE_SCRATCH_ROWS, regime.SCRATCH >> 20
+    assert f"as {large} MiB hold, above {rows} rows per expert {small} MiB" in " ".join(text.split())
+
+
+def test_what_the_guide_says_of_4_bit_and_routing_was_measured():
+    text = " ".join((ROOT / "docs/how-it-works.md").read_text().split())
+    result = json.loads((ROOT / "benchmarks/results/nvidia-h200/compare-four-bit.json").read_text())
+    graph, call = (
+        next(r[time]["median"] for r in result["routing"] if r["tokens"] == 4096 and r["name"] == "qwen3-moe-fused")
+        for time in ("graph_ms", "call_ms")
+    )
+    assert f"takes {graph:.3f} ms in a CUDA graph, and {call:.2f} as a call of its own" in text
+    few, some, many, decoded = (
+        next(r["peak_bytes"] / 2**20 for r in result["layer"] if (r["peer"], r["pass"], r["tokens"]) == each)
+        for each in (("qwen3-moe-fused", "forward", tokens) for tokens in (16, 1024, 4096, 16384))
+    )
+    assert f"{few:.0f} MiB in all at 16 tokens, {some:.0f} at 1024, {many:.0f} at 4096" in text
+    assert f"at 16384, dequantized, {decoded:.0f} " in text
 
 
 def test_readme_asks_for_the_python_that_the_scripts_need():
