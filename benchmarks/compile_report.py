@@ -2,8 +2,8 @@
 
 The layer runs on empty tensors, with a launcher that compiles instead of launching: what is compiled is what the layer
 would choose on such a card, from one row per expert to thousands, in each of LAYERS: nf4 and fp4, bf16 and fp16,
-frozen and with adapters. Shared memory must stay below what the card has, or a user meets OutOfResources; and on Hopper
-nothing may overwrite a product's registers too early. Needs no GPU.
+frozen and with adapters. Shared and tensor memory must stay below what the card has, or a user meets OutOfResources;
+and on Hopper nothing may overwrite a product's registers too early. Needs no GPU.
 
     python benchmarks/compile_report.py --out benchmarks/results
 """
@@ -35,6 +35,8 @@ from triton.runtime import driver
 
 CARDS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Compute capability and the KiB of shared memory a program may use."""
+TENSOR_MEMORY = 512
+"""Columns of it that a program may use on sm_100."""
 TUNED = {90: ("NVIDIA H200",)}
 """Cards by name whose own tiles are compiled beside those that any card of their kind takes."""
 ROWS = (0.0625, 1, 5, 8, 32, 128, 512, 2048)  # at 5, tiles of forward and backward have different heights
@@ -127,14 +129,22 @@ def blocks(kernel, args) -> dict:
 
 def resources(compiled) -> dict:
     """KiB of shared memory, registers and spilled bytes per thread; on Hopper also the products that decode into
-    registers, and what overwrites them too early."""
+    registers, and what overwrites them too early; on sm_100 columns of tensor memory."""
     cubin = compiled.asm["cubin"]
     text = tool("cuobjdump", "-res-usage", cubin=cubin)
     registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
     record = {"shared_kib": compiled.metadata.shared / 1024, "registers": registers, "stack_bytes": stack}
     if compiled.metadata.target.arch == 90:
         record["register_products"], record["hazards"] = register_hazards(tool("nvdisasm", "-c", cubin=cubin))
+    if compiled.metadata.target.arch == 100:
+        record["tensor_memory"] = compiled.metadata.tmem_size
     return record
+
+
+def fails(arch: int, record: dict) -> bool:
+    """Whether a launch would, or might compute something else."""
+    too_much = record["shared_kib"] > CARDS[arch] or record.get("tensor_memory", 0) > TENSOR_MEMORY
+    return too_much or bool(record.get("hazards"))
 
 
 def compile_card(arch: int, options: argparse.Namespace) -> list[dict]:
@@ -248,7 +258,6 @@ def main() -> int:
         "cards": {f"sm_{arch}": records for arch, records in cards.items()},
     }
     write_whole(options.out / "compile_report.json", as_json(report))
-    fails = False
     for arch, records in cards.items():
         shared, registers, stack = (
             max(record[field] for record in records) for field in ("shared_kib", "registers", "stack_bytes")
@@ -257,11 +266,10 @@ def main() -> int:
             f"sm_{arch}: {len(records)} kernels, at most {shared:.1f} of {CARDS[arch]} KiB, {registers} registers, "
             f"{stack} bytes of stack"
         )
-        for record in records:
-            if record["shared_kib"] > CARDS[arch] or record.get("hazards"):
-                print(f"sm_{arch} FAILS: {record}")
-                fails = True
-    return int(fails)
+    failed = [(arch, record) for arch, records in cards.items() for record in records if fails(arch, record)]
+    for arch, record in failed:
+        print(f"sm_{arch} FAILS: {record}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
