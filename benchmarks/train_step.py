@@ -116,19 +116,24 @@ def main(argv: list[str] | None = None) -> None:
     result |= {"command": command("train_step.py", argv or sys.argv[1:]), "stock": options.stock}
     result["kernel"] = None if options.stock else kernel_identity(kernel_source(options).load())
     for run in result["runs"] if not options.stock else ():
-        wanted = Step(
-            run["tokens"],
-            rank=options.rank,
-            expert_rank=options.rank,
-            liger=options.liger,
-            chunked_loss=options.liger,
-            graphs=options.graphs,
-            keep=tuple(options.keep),
-            offload=tuple(options.offload),
-        )
-        planned = make_plan(in_full, wanted, 24 * GIB)
-        run["planned_gib"] = (planned.peak - planned.parts["CUDA context"]) / GIB
+        run["planned_gib"] = planned_gib(in_full, options, run["tokens"])
     write(result, options.out, f"train_step-{options.layers}-layers{kind(options)}")
+
+
+def planned_gib(model: torch.nn.Module, options: argparse.Namespace, tokens: int) -> float:
+    """What a step of ``model``, whose weights may be on the meta device, is planned to take, less the CUDA context."""
+    step = Step(
+        tokens,
+        rank=options.rank,
+        expert_rank=options.rank,
+        liger=options.liger,
+        chunked_loss=options.liger,
+        graphs=options.graphs,
+        keep=tuple(options.keep),
+        offload=tuple(options.offload),
+    )
+    plan = make_plan(model, step, 24 * GIB)
+    return (plan.peak - plan.parts["CUDA context"]) / GIB
 
 
 def kind(options: argparse.Namespace) -> str:

@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,11 +24,15 @@ FULL = (
 def complete_checkpoints(folder: Path) -> dict[int, Path]:
     """Those of a folder, by step. The Trainer writes its own state last, of which a kill or a full disk may leave but a
     part."""
-    found = {}
-    for state in folder.glob("checkpoint-*/trainer_state.json"):
-        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            found[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = state.parent
-    return found
+    folders = sorted(folder.glob("checkpoint-*"), reverse=True)  # of a checkpoint and its copy the shorter name counts
+    return {step: each for each in folders if (step := _step(each)) is not None}
+
+
+def _step(folder: Path) -> int | None:
+    """That of a complete checkpoint."""
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    return None
 
 
 def checkpoint_to_resume(options: argparse.Namespace) -> Path | None:
@@ -46,11 +51,11 @@ def checkpoint_to_resume(options: argparse.Namespace) -> Path | None:
 
 
 def remove_incomplete(output: Path) -> None:
-    """The Trainer, which keeps two, would count them, and remove a complete one for their sake. Every process may call
-    it, before any has begun to train."""
-    complete = complete_checkpoints(output / "checkpoints").values()
-    for folder in {*(output / "checkpoints").glob("checkpoint-*")} - {*complete}:
-        shutil.rmtree(folder, ignore_errors=True)
+    """The Trainer, which keeps two, would count them, and remove a complete one for their sake. Folders that it has not
+    named stay. Every process may call it, before any has begun to train."""
+    for folder in (output / "checkpoints").glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", folder.name) and _step(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def save(trainer: Trainer, folder: Path) -> None:

@@ -95,6 +95,21 @@ def test_the_registers_that_instructions_write(instruction, first, count):
     assert sass.written(instruction) == set(range(first, first + count))
 
 
+@pytest.mark.parametrize(
+    ("arch", "record", "fails"),
+    [
+        (86, {"shared_kib": 99}, False),
+        (86, {"shared_kib": 99.5}, True),
+        (90, {"shared_kib": 227, "hazards": []}, False),
+        (90, {"shared_kib": 1, "hazards": ["NOP"]}, True),
+        (100, {"shared_kib": 1, "tensor_memory": 512}, False),
+        (100, {"shared_kib": 1, "tensor_memory": 1024}, True),
+    ],
+)
+def test_what_the_report_fails_on(arch, record, fails):
+    assert compile_report.fails(arch, record) == fails
+
+
 @pytest.fixture(scope="module")
 def compiled(kernel_dir, tmp_path_factory) -> Path:
     """A folder with the report, and Triton's cache of what it has compiled."""

@@ -10,13 +10,10 @@ from transformers import Qwen3MoeConfig
 from qwen3_moe_integration.plan import Plan
 from tests.conftest import ROOT
 from tests.examples.runs import ADAPTER
+from tests.integration.test_plan import PUBLISHED
 
 GIB = 2**30
 LIGER = "pip install liger-kernel"
-PUBLISHED = dict(
-    vocab_size=151936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
-    head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
-)  # fmt: skip
 
 
 @pytest.fixture
@@ -30,7 +27,7 @@ def example(monkeypatch) -> ModuleType:
 @pytest.fixture
 def model(tmp_path) -> tuple[str, ...]:
     """The config of Qwen3-30B-A3B, on a GPU of 24 GiB, in graphs."""
-    Qwen3MoeConfig(**PUBLISHED).save_pretrained(tmp_path / "model")
+    Qwen3MoeConfig(**PUBLISHED | dict(num_hidden_layers=48)).save_pretrained(tmp_path / "model")
     return ("--model", str(tmp_path / "model"), "--output", str(tmp_path), "--graphs", "--gpu-memory", "24")
 
 

@@ -103,6 +103,25 @@ def test_what_says_that_a_disk_is_full_is_told_from_what_does_not(tmp_path, monk
         assert passed.value is other
 
 
+def test_what_is_removed_is_what_the_trainer_left_half_written(tmp_path, monkeypatch):
+    """Not a copy of a checkpoint, which has its step, nor anything else that a user has put beside them."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from checkpoints import complete_checkpoints, remove_incomplete
+
+    folder = tmp_path / "checkpoints"
+    for name in ("checkpoint-8", "checkpoint-8-best", "checkpoint-12", "checkpoint-16", "checkpoint-notes", "other"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "weights").write_text(name)
+    for name in ("checkpoint-8", "checkpoint-8-best"):
+        (folder / name / "trainer_state.json").write_text('{"global_step": 8}')
+    (folder / "checkpoint-16" / "trainer_state.json").write_text('{"global_step": 1')
+    assert complete_checkpoints(folder) == {8: folder / "checkpoint-8"}
+    remove_incomplete(tmp_path)
+    kept = {"checkpoint-8", "checkpoint-8-best", "checkpoint-notes", "other"}
+    assert {path.name for path in folder.iterdir()} == kept
+    assert all((folder / name / "weights").read_text() == name for name in kept)
+
+
 def test_a_new_run_does_not_start_among_the_checkpoints_of_another(tmp_path, monkeypatch):
     """Killed before it has come as far, it would be resumed as that one."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))

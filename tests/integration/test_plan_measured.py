@@ -1,13 +1,11 @@
 """The memory planner beside what benchmarks/train_step.py measured."""
 
 import json
-from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 
-from qwen3_moe_integration.plan import Step, make_plan
-from qwen3_moe_integration.plan.memory import GIB
 from tests.conftest import ROOT
 from tests.integration.test_plan import PUBLISHED, model
 
@@ -27,33 +25,23 @@ RUNS = [*measured()]
 
 
 @pytest.fixture
-def parse(monkeypatch) -> Callable[[list[str]], Namespace]:
+def train_step(monkeypatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import train_step
 
-    return train_step.parse
+    return train_step
 
 
 @pytest.mark.parametrize(("arguments", "run"), RUNS)
-def test_the_peak_is_within_5_percent_of_every_run_that_was_measured(parse, arguments, run):
+def test_the_peak_is_within_5_percent_of_every_run_that_was_measured(train_step, arguments, run):
     """Without graphs of what PyTorch had allocated at most, with graphs of what it had reserved: their memory is
     nobody else's. What is planned is less the CUDA context, which PyTorch does not see."""
-    options = parse(arguments)
-    step = Step(
-        run["tokens"],
-        rank=options.rank,
-        expert_rank=options.rank,
-        liger=options.liger,
-        chunked_loss=options.liger,
-        graphs=options.graphs,
-        keep=tuple(options.keep),
-        offload=tuple(options.offload),
-    )
-    plan = make_plan(model(**PUBLISHED | dict(num_hidden_layers=options.layers)), step, 24 * GIB)
-    planned = (plan.peak - plan.parts["CUDA context"]) / GIB
+    options = train_step.parse(arguments)
+    published = model(**PUBLISHED | dict(num_hidden_layers=options.layers))
+    planned = train_step.planned_gib(published, options, run["tokens"])
     assert run["reserved_gib" if options.graphs else "peak_gib"] == pytest.approx(planned, rel=0.05)
 
 
-def test_runs_were_measured_with_graphs_and_without_and_with_all_layers(parse):
-    runs = [parse(each.values[0]) for each in RUNS]
+def test_runs_were_measured_with_graphs_and_without_and_with_all_layers(train_step):
+    runs = [train_step.parse(each.values[0]) for each in RUNS]
     assert {options.graphs for options in runs} == {True, False} and {options.layers for options in runs} >= {8, 48}
