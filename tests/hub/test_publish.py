@@ -146,8 +146,9 @@ def test_the_workflow_gives_the_script_its_tag():
     tests, publishes = [step["run"] for step in WORKFLOW["jobs"]["publish"]["steps"] if "run" in step]
     assert os.access(ROOT / tests, os.X_OK)
     assert publishes.startswith("make publish ")
+    dry = publishes.replace("make", "make --dry-run --no-print-directory --assume-old .publish/ready", 1)
     printed = subprocess.run(
-        ["bash", "-ec", publishes.replace("make", "make --dry-run --assume-old .publish/ready", 1)],
+        ["bash", "-ec", dry],
         env=os.environ | {"GITHUB_REF_NAME": "v1.2"}, cwd=ROOT, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
     _, _, script, *arguments = shlex.split(printed.splitlines()[-1])
