@@ -1,11 +1,13 @@
 """The choice among the ways to multiply 4-bit experts."""
 
 import importlib
+import math
 
 import pytest
 import torch
 
 from .adapted import Quantization
+from .replays import bytes_in_use, make_layer
 
 MIB = 2**20
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -121,6 +123,20 @@ def test_what_is_decoded_at_a_time_is_bounded(kernel, regime):
         scratch[rows] = plan.scratch
     assert scratch[1] == scratch[256] < 512 * MIB, "where it buys 15 %"
     assert scratch[257] == scratch[10**5] <= 64 * MIB
+
+
+def test_one_stack_is_decoded_at_a_time(kernel, compiler, monkeypatch):
+    """The memory of the first is free before the other's is taken."""
+    monkeypatch.setattr(importlib.import_module(f"{kernel.__name__}.regime"), "regime", lambda *_: "dequantize")
+    layer = make_layer(kernel, "4 bit", tokens=2)
+    layer.step()  # compiles
+    with bytes_in_use() as forward:
+        _, *saved = layer.forward()
+    with bytes_in_use() as backward:
+        layer.backward(tuple(saved))
+    gate_up, down = (2 * math.prod(projection.weight.shape) for projection in layer.projections)
+    for found in (forward, backward):
+        assert gate_up <= max(found) < gate_up + down
 
 
 @pytest.mark.parametrize("block_n", [64, 128, 256])

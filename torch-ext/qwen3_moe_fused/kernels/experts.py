@@ -94,6 +94,7 @@ def experts_forward(
             tokens, weight, order, tiles, k, activation, block_m, tile, pre_activation, intermediate, added, expert,
             permute,
         )  # fmt: skip
+    weight = None  # frees its scratch before the other stack's is taken
     added_down = down_adapter and down_adapter.forward_addition(intermediate, permuted=permute)
     if result:
         out = hidden_states.new_empty(hidden_states.shape)
@@ -153,6 +154,7 @@ def experts_backward(
             grad_output, weight, pre_activation, top_k_weights, order, tiles, activation, block_m, tile,
             grad_pre_activation, parts, weighted, added, expert,
         )  # fmt: skip
+    weight = None  # frees its scratch before the other stack's is taken
     grad_gate_up_proj = grad_down_proj = None
     grad_gate_up_factors = grad_down_factors = (None, None)
     step, tile = dense.weight_grad_block_m, dense.weight_grad
