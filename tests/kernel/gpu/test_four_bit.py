@@ -1,12 +1,11 @@
 """4-bit experts on a GPU: every way to multiply them, in bf16, against the oracle and against itself."""
 
-import importlib
-
 import pytest
 import torch
 
 from ..adapted import Quantization, assert_adapted_experts_agree, decoded
 from ..problems import Problem
+from .runs import no_host_waits
 
 pytestmark = pytest.mark.gpu
 
@@ -23,20 +22,6 @@ PROBLEMS = [  # so many rows per expert that each entry of the tables is used
     Problem(T=700, **SIZES),
     Problem(T=2000, **SIZES, imbalance="one_takes_all"),
 ]
-
-
-@pytest.fixture
-def way(kernel, monkeypatch):
-    """Makes the layer take the way called so, whatever its regime would say."""
-    regime, form = (importlib.import_module(f"{kernel.__name__}.{name}") for name in ("regime", "form"))
-    monkeypatch.setattr(regime, "GEMV_SLOTS", 0)
-
-    def take(name: str) -> None:
-        monkeypatch.setattr(regime, "regime", lambda *_: name)
-        form.forget()
-
-    yield take
-    form.forget()
 
 
 @pytest.mark.parametrize(("quantization", "dtype"), QUANTIZATIONS, ids=repr)
@@ -97,11 +82,8 @@ def test_a_stack_is_decoded_in_one_launch_for_which_nobody_waits(kernel, shape):
     kernel.dequantize(weight)  # compiles
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_host_waits():
             kernel.dequantize(weight)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
     assert [(event.key, event.count) for event in recorded.key_averages() if event.self_device_time_total] == [
         ("_dequantize_kernel", 1)

@@ -1,14 +1,14 @@
 """Replayed calls on a card: the bits are those of the code, whatever tensors, streams and lengths come in between."""
 
 import importlib
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
-from ..adapted import FACTORS, Adapter, Quantization
+from ..adapted import Adapter, Quantization
 from ..problems import Problem
+from ..steps import Step, assert_same_bits
 
 pytestmark = pytest.mark.gpu
 
@@ -21,26 +21,10 @@ def _forget(kernel) -> None:
     importlib.import_module(f"{kernel.__name__}.form").forget()
 
 
-def _step(kernel, kind: str, problem: Problem) -> Callable[[], list[torch.Tensor]]:
-    """Of a layer that is drawn here: output and gradients."""
-    inputs = problem.draw("cuda", BF16)
-    hidden, weights = (x.requires_grad_() for x in (inputs.hidden_states, inputs.top_k_weights))
-    stacks, leaves, lora = [inputs.gate_up_proj, inputs.down_proj], [hidden, weights], {}
-    if kind == "trained":
-        leaves += [stack.requires_grad_() for stack in stacks]
-    if "4 bit" in kind:
-        stacks = [kernel.four_bit_weight(Quantization().quantize(stack)) for stack in stacks]
-    if "adapters" in kind:
-        factors = Adapter(dtype=torch.float32).draw(problem, "cuda", BF16)
-        A, B, down_A, down_B = trained = [factors[name].requires_grad_() for name in FACTORS]
-        lora = {"gate_up_lora": kernel.Lora(A, B, 2.0), "down_lora": kernel.Lora(down_A, down_B, 0.5)}
-        leaves += trained
-
-    def step() -> list[torch.Tensor]:
-        out = kernel.fused_experts(hidden, inputs.top_k_index, weights, *stacks, **lora)
-        return [out.detach(), *torch.autograd.grad(out, leaves, inputs.grad_output)]
-
-    return step
+def _step(kernel, kind: str, problem: Problem) -> Step:
+    quantization = Quantization() if "4 bit" in kind else None
+    adapter = Adapter(dtype=torch.float32) if "adapters" in kind else None
+    return Step(kernel, problem, "cuda", BF16, quantization, adapter, trained=kind == "trained")
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 520, 6000])
@@ -62,7 +46,7 @@ def test_replayed_steps_are_the_same_bits(kernel, replays, kind, tokens, monkeyp
         expected.append(step())
     _forget(kernel)
     for step, results in [*zip(steps, expected)] * 2:
-        assert all(map(torch.equal, results, step()))
+        assert_same_bits(results, step())
     assert replays.count(True) == 8, "forward and backward, from the third step on"
 
 
@@ -71,7 +55,7 @@ def test_lengths_take_turns(kernel, replays):
     expected = [step() for step in steps]
     for _ in range(4):
         for step, results in zip(steps, expected):
-            assert all(map(torch.equal, results, step()))
+            assert_same_bits(results, step())
     assert replays == [True] * 18
 
 
@@ -84,4 +68,5 @@ def test_a_replayed_step_on_a_side_stream_waits_for_that_stream(kernel, replays)
         torch.cuda._sleep(20_000_000)
         results = step()
     torch.cuda.current_stream().wait_stream(side)
-    assert all(map(torch.equal, expected, results)) and replays == [True] * 4
+    assert_same_bits(expected, results)
+    assert replays == [True] * 4

@@ -1,21 +1,19 @@
 """How the ops behave on a CUDA device: reruns, streams, no host waits, CUDA graphs, memory."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
 from ..problems import ExpertsInputs
+from .runs import SLACK, capture, copy_in, memory, no_host_waits
 from .shapes import ODD_LINEAR, REAL, real
 
 pytestmark = pytest.mark.gpu
 
 BF16 = torch.bfloat16
-MIB = 1 << 20
-SLACK = 8 * MIB
-"""Room for index tensors, partial sums and the allocator, which rounds each block up by as much as 1 MiB."""
 
 
 def _leaves(inputs: ExpertsInputs, trained: bool = True) -> list[torch.Tensor]:
@@ -65,21 +63,18 @@ def test_the_host_never_waits_for_the_device(kernel):
         torch.autograd.grad(kernel.moe_fused_linear(input, weight, linear.m_sizes), (input, weight), linear.grad_output)
 
     everything()  # compiles and loads
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_waits():
         everything()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_a_captured_forward_replays_with_new_inputs_and_new_routing(kernel, tokens):
     inputs = real(tokens).draw("cuda", BF16)
     with torch.no_grad():
-        graph, out = _capture(lambda: kernel.fused_experts(*inputs[:-1]))
+        graph, out = capture(lambda: kernel.fused_experts(*inputs[:-1]))
         for imbalance in ("random", "one_takes_all", "some_skipped"):
             fresh = replace(real(tokens), imbalance=imbalance).draw("cuda", BF16)
-            _copy_in(inputs, fresh)
+            copy_in(inputs, fresh)
             graph.replay()
             assert torch.equal(out, kernel.fused_experts(*fresh[:-1]))
 
@@ -99,11 +94,11 @@ def second_product(kernel, monkeypatch, request) -> Iterator[None]:
 def test_a_captured_training_step_replays_with_new_inputs_and_new_routing(kernel):
     inputs = REAL.draw("cuda", BF16)
     arguments = _leaves(inputs)
-    graph, results = _capture(lambda: _step(kernel, arguments, inputs.grad_output))
+    graph, results = capture(lambda: _step(kernel, arguments, inputs.grad_output))
     for imbalance in ("random", "one_takes_all", "some_skipped"):
         fresh = replace(REAL, imbalance=imbalance).draw("cuda", BF16)
         with torch.no_grad():
-            _copy_in([*arguments, inputs.grad_output], fresh)
+            copy_in([*arguments, inputs.grad_output], fresh)
         graph.replay()
         assert all(map(torch.equal, results, _step(kernel, _leaves(fresh), fresh.grad_output)))
 
@@ -113,7 +108,7 @@ def test_inference_peaks_at_its_intermediate_and_half_of_the_slots(kernel):
     inputs = problem.draw("cuda", BF16)
     slots = problem.T * problem.k
     with torch.no_grad():
-        _, peak = _memory(lambda: kernel.fused_experts(*inputs[:-1]))
+        _, peak = memory(lambda: kernel.fused_experts(*inputs[:-1]))
     assert peak <= 2 * (slots * problem.I + slots * problem.H // 2 + problem.T * problem.H) + SLACK
 
 
@@ -124,14 +119,14 @@ def test_training_frozen_experts_keeps_and_peaks_at_what_it_says(kernel):
     slots, tokens = problem.T * problem.k, problem.T * problem.H
     outputs: list[torch.Tensor] = []
 
-    kept, peak = _memory(lambda: outputs.append(kernel.fused_experts(*arguments)), outputs.clear)
+    kept, peak = memory(lambda: outputs.append(kernel.fused_experts(*arguments)), outputs.clear)
     pre_activation, slot_rows = slots * 2 * problem.I, slots * problem.H // 2
     assert kept <= 2 * (tokens + pre_activation) + SLACK, "more is kept for backward than the pre-activation"
     assert peak <= 2 * (tokens + pre_activation + slots * problem.I + slot_rows) + SLACK
 
     out = kernel.fused_experts(*arguments)
     leaves = [x for x in arguments if x.requires_grad]
-    _, peak = _memory(lambda: torch.autograd.grad(out, leaves, inputs.grad_output, retain_graph=True))
+    _, peak = memory(lambda: torch.autograd.grad(out, leaves, inputs.grad_output, retain_graph=True))
     assert peak <= 2 * (pre_activation + slot_rows + tokens) + SLACK, "backward of frozen experts"
 
 
@@ -142,40 +137,6 @@ def test_training_experts_adds_their_gradients_and_the_weighted_intermediate(ker
     slots = problem.T * problem.k
     out = kernel.fused_experts(*arguments)
     leaves = [x for x in arguments if x.requires_grad]
-    _, peak = _memory(lambda: torch.autograd.grad(out, leaves, inputs.grad_output, retain_graph=True))
+    _, peak = memory(lambda: torch.autograd.grad(out, leaves, inputs.grad_output, retain_graph=True))
     gradients = sum(x.numel() for x in leaves)
     assert peak <= 2 * (gradients + slots * (2 * problem.I + problem.I + problem.H // 2)) + SLACK
-
-
-def _capture(function: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
-    """``function`` as a CUDA graph, and the tensors that its replays fill."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function()
-    return graph, results
-
-
-def _copy_in(static, fresh) -> None:
-    for old, new in zip(static, fresh):
-        old.copy_(new)
-
-
-def _memory(function: Callable[[], object], release: Callable[[], object] = lambda: None) -> tuple[int, int]:
-    """(kept, peak): bytes above the start that ``function`` leaves allocated, and the most it had at one time."""
-    for _ in range(3):  # compiles and loads, is recorded, is replayed
-        function()
-        release()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    start = torch.cuda.memory_allocated()
-    result = function()
-    kept = torch.cuda.memory_allocated() - start
-    peak = torch.cuda.max_memory_allocated() - start
-    del result
-    return kept, peak

@@ -1,6 +1,5 @@
 """down and the gradient of hidden_states in halves of their columns, on a GPU."""
 
-import importlib
 from dataclasses import replace
 
 import pytest
@@ -19,12 +18,6 @@ DEEP = Problem(T=520, k=4, E=8, H=640, I=384, imbalance="some_skipped")
 """High tiles, some of them half-empty, and a second half that is the smaller."""
 RAGGED = Problem(T=50, k=3, E=7, H=601, I=45, imbalance="some_empty")
 """No row but the first is aligned."""
-
-
-@pytest.fixture
-def way(kernel, monkeypatch):
-    regime = importlib.import_module(f"{kernel.__name__}.regime")
-    return lambda name: monkeypatch.setattr(regime, "regime", lambda *_: name)
 
 
 def check(kernel, launchers, problem, dtype, adapted, quantization=None):
