@@ -1,0 +1,45 @@
+"""The error of 4-bit experts against fp64: at most 1.2 times that of bitsandbytes and 16-bit products."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ..adapted import Adapter, Quantization
+from ..steps import steps_of
+from ..stock import assert_within_stock
+from .shapes import FEW_EXPERTS
+
+pytestmark = pytest.mark.gpu
+
+BF16, FP16 = torch.bfloat16, torch.float16
+QUANTIZATIONS = [Quantization(), Quantization("fp4", nested=False, blocksize=128)]
+PATHS = {"fast, low tiles": 6, "fast": 160, "fast, high tiles": 512, "plain": 40, "dequantize": 3000}
+"""Tokens for which the layer takes a path by itself; but for plain, which is other cards'."""
+
+ENOUGH = 100
+"""Tokens, whose routing weights have enough gradients."""
+
+
+@pytest.mark.parametrize("adapter", [None, Adapter(16, 16)], ids=repr)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=repr)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_training_step_is_as_near_to_fp64_as_stock(
+    kernel, plans, request, path, quantization, dtype, adapter, record_property
+):
+    tokens, path = PATHS[path], path.partition(",")[0]
+    if path == "plain":
+        request.getfixturevalue("way")(path)
+    steps = steps_of(ENOUGH, kernel, replace(FEW_EXPERTS, T=tokens), "cuda", dtype, quantization, adapter)
+    assert_within_stock(steps, record_property)
+    assert {plan.path for plan in plans} == {path}
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=repr)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_decoding_step_is_as_near_to_fp64_as_stock(kernel, plans, tokens, quantization, dtype, record_property):
+    steps = steps_of(12, kernel, replace(FEW_EXPERTS, T=tokens), "cuda", dtype, quantization)
+    assert_within_stock(steps, record_property, gradients=False)
+    assert {plan.path for plan in plans} == {"gemv"}
