@@ -1,0 +1,102 @@
+"""The paths that 4-bit experts are multiplied by, against each other; and what none of them may read."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ..adapted import Quantization
+from ..oracle import RATIO, assert_close
+from ..poison import poisoned_memory
+from ..problems import Problem
+from ..steps import Step, assert_same_bits
+from .shapes import FEW_EXPERTS, real
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.bfloat16, torch.float16]
+ODD = Problem(T=77, k=3, E=7, H=384, I=640, imbalance="some_skipped")
+"""Widths of an odd number of whole tiles each."""
+
+AT_THE_EDGES = {  # rows per tile: experts, so many that the average asks for such tiles; how they are quantized
+    16: (48, dict()),
+    32: (32, dict(nested=False, blocksize=128)),
+    64: (24, dict(blocksize=256)),
+    128: (9, dict(nested=False)),
+}
+
+
+def at_the_edges(block_m: int, experts: int) -> tuple[Problem, torch.Tensor]:
+    """A problem, and its top_k_index: experts have no row, one, half a tile of them or one more, a tile or two, or one
+    more or less. Some slots are to be skipped."""
+    sizes = (1, block_m // 2, block_m // 2 + 1, block_m - 1, block_m, block_m + 1, 2 * block_m - 1, 2 * block_m)
+    skipped = FEW_EXPERTS.k + -sum(sizes) % FEW_EXPERTS.k
+    problem = replace(FEW_EXPERTS, T=(sum(sizes) + skipped) // FEW_EXPERTS.k, E=experts)
+    g = problem.generator("cpu")
+    chosen = torch.randperm(experts, generator=g)[: len(sizes)].repeat_interleave(torch.tensor(sizes))
+    index = torch.cat((chosen, chosen.new_full((skipped,), experts)))
+    return problem, index[torch.randperm(len(index), generator=g)].view(-1, FEW_EXPERTS.k)
+
+
+def assert_fast_is_plain(plans: list, way, step: Step, dtype: torch.dtype, block_m: int) -> None:
+    """What the fast path, which the layer takes by itself, and the plain one compute; fast in tiles of ``block_m``."""
+    fast = from_poison(step)
+    assert {(plan.path, plan.block_m) for plan in plans} == {("fast", block_m)}
+    plans.clear()
+    way("plain")
+    plain = from_poison(step)
+    assert {plan.path for plan in plans} == {"plain"}
+    for name, want in plain.items():
+        assert_close(f"{name} by the fast path", want, fast[name], RATIO[dtype])
+
+
+def from_poison(step: Step) -> dict[str, torch.Tensor]:
+    torch.cuda.empty_cache()  # or memory that is handed out again could hold the right results
+    with poisoned_memory(step.hidden_states.device.type):
+        return step()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("block_m", AT_THE_EDGES)
+def test_fast_is_plain_at_the_edges_of_tiles(kernel, plans, way, block_m, quant_type, dtype):
+    experts, settings = AT_THE_EDGES[block_m]
+    problem, index = at_the_edges(block_m, experts)
+    step = Step(kernel, problem, "cuda", dtype, Quantization(quant_type, **settings))
+    step.top_k_index.copy_(index)
+    assert_fast_is_plain(plans, way, step, dtype, block_m)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_fast_is_plain_at_odd_sizes(kernel, plans, way, quant_type, dtype):
+    step = Step(kernel, ODD, "cuda", dtype, Quantization(quant_type, blocksize=128))
+    assert_fast_is_plain(plans, way, step, dtype, block_m=64)
+
+
+def spoil(step: Step, experts: torch.Tensor) -> None:
+    """Makes NaN of all scales of the experts (E,) that are true, so that what reads one of their weights is NaN."""
+    for weight in step.stacks:
+        scales = weight.nested_absmax if weight.nested_blocksize else weight.absmax
+        scales.view(len(experts), -1)[experts] = torch.nan
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain scales"])
+@pytest.mark.parametrize(
+    ("tokens", "path"), [(1, "gemv"), (3, "gemv"), (16, "fast"), (16, "plain"), (16, "dequantize")]
+)
+def test_experts_that_no_token_chose_are_not_read(kernel, plans, request, tokens, path, nested):
+    if path in ("plain", "dequantize"):
+        request.getfixturevalue("way")(path)
+    step = Step(kernel, real(tokens), "cuda", torch.bfloat16, Quantization(nested=nested))
+    expected, trained = step.inference(), step()
+    assert plans[0].path == path and (path == "gemv" or {plan.path for plan in plans} == {path})
+    chosen = step.top_k_index.new_zeros(real(tokens).E, dtype=torch.bool)
+    chosen[step.top_k_index] = True
+    assert not chosen.all()
+    spoil(step, ~chosen)
+    for _ in range(3):  # by the code, or replayed
+        assert_same_bits(expected, step.inference())
+        assert_same_bits(trained, step())
+    spoil(step, chosen)
+    assert step.inference()["output"].isnan().any(), "the scales of chosen experts are read"
