@@ -28,6 +28,10 @@ WIDE = {
 }
 EVERY_EXPERT = {**WIDE, "num_experts_per_tok": SIZES["num_experts"]}
 """All experts for all tokens: in bf16 a router near a tie would take other experts, whoever computes them."""
+NO_FURTHER = 1.05
+"""How many times stock's error the kernel's may be. Much of it comes from what is around the experts and is the same on
+both sides. Whose is larger is then left to chance: a bound of 1 would fail now and then, for nothing. Whether the
+kernel is further by less than this, but beyond chance, is what ``benchmarks/model_error.py`` finds with many seeds."""
 
 
 def results(model: nn.Module, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -67,7 +71,7 @@ def assert_no_further_from_fp64(
         ours, theirs = pair.sqrt().tolist()
         record(f"error of {kind}, kernel and stock", (ours, theirs))
         print(f"{length} tokens per row, {kind}: error {ours:.3e} with the kernel, {theirs:.3e} in stock")
-        assert 0 < ours <= 1.05 * theirs, kind
+        assert 0 < ours <= NO_FURTHER * theirs, kind
 
 
 @pytest.mark.parametrize(("length", "models"), [(3, 48), (64, 8), (1500, 4)])
