@@ -16,6 +16,11 @@ def dtypes(*names: torch.dtype) -> st.SearchStrategy[torch.dtype]:
     return st.sampled_from(names)
 
 
+def sizes(widest: int) -> st.SearchStrategy[int]:
+    """Of a matrix; often thinner than a tensor core's tile."""
+    return st.integers(1, min(16, widest)) | st.integers(1, widest)
+
+
 @st.composite
 def expert_problems(draw: st.DrawFn, most_tokens: int = 40, widest: int = 70) -> Problem:
     experts = draw(st.integers(1, 9))
@@ -23,8 +28,8 @@ def expert_problems(draw: st.DrawFn, most_tokens: int = 40, widest: int = 70) ->
         T=draw(st.integers(0, most_tokens)),
         k=draw(st.integers(1, min(experts, 4))),
         E=experts,
-        H=draw(st.integers(1, widest)),
-        I=draw(st.integers(1, widest)),
+        H=draw(sizes(widest)),
+        I=draw(sizes(widest)),
         imbalance=draw(st.sampled_from(BALANCES + SKIPPING)),
         activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
         seed=draw(SEEDS),
@@ -47,8 +52,8 @@ def quantizations() -> st.SearchStrategy[Quantization]:
 def linear_problems(draw: st.DrawFn, most_rows: int = 80, widest: int = 70) -> LinearProblem:
     return LinearProblem(
         M=draw(st.integers(0, most_rows)),
-        N=draw(st.integers(1, widest)),
-        K=draw(st.integers(1, widest)),
+        N=draw(sizes(widest)),
+        K=draw(sizes(widest)),
         E=draw(st.integers(1, 9)),
         imbalance=draw(st.sampled_from(BALANCES)),
         seed=draw(SEEDS),
