@@ -38,7 +38,12 @@ from transformers import (
     set_seed,
 )
 
-from qwen3_moe_integration import enable_fused_linear_lora, enable_graphed_checkpointing, expert_lora_config
+from qwen3_moe_integration import (
+    enable_fused_linear_lora,
+    enable_graphed_checkpointing,
+    expert_lora_config,
+    load_adapters_in_place,
+)
 from qwen3_moe_integration.kept import KEEPABLE
 from qwen3_moe_integration.optim import AdamW8bit
 from qwen3_moe_integration.plan import Plan
@@ -177,9 +182,7 @@ def with_adapter(model: torch.nn.Module, options: argparse.Namespace) -> torch.n
         )
     # For a model of yours adapters have its dtype, bf16 on a GPU; PEFT would make them fp32.
     model = get_peft_model(model, lora, autocast_adapter_dtype=not options.model)
-    # The Trainer loads an adapter to resume, and the best one at the end. PEFT would do so by way of the GPU, which has
-    # no room for another one by then, and make it fp32.
-    model.load_adapter = partial(model.load_adapter, torch_device="cpu", autocast_adapter_dtype=False)
+    load_adapters_in_place(model)  # as the Trainer does to resume, and with the best one at the end
     return enable_fused_linear_lora(model) if options.bits == 4 else model
 
 

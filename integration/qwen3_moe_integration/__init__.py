@@ -2,6 +2,7 @@
 of Triton no more than the optimizer's kernel does."""
 
 from . import peft_hooks
+from .adapter_loading import load_adapters_in_place
 from .clipping import clip_grad_norm_
 from .expert_parallel import share_out_experts, whole_adapters
 from .graphed import enable_graphed_checkpointing
@@ -21,6 +22,7 @@ __all__ = [
     "expert_lora_config",
     "kernelize_model",
     "legacy_config",
+    "load_adapters_in_place",
     "register",
     "share_out_experts",
     "whole_adapters",
