@@ -16,9 +16,12 @@ from pathlib import Path
 import torch
 from kernelized import DEVICE, load_model
 from peft import PeftModel
+from peft.tuners.lora.bnb import Linear4bit
 from tiny_checkpoint import small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer, TextStreamer
+
+from qwen3_moe_integration import enable_fused_linear_lora
 
 ON_GPU = DEVICE == "cuda"
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -55,6 +58,14 @@ class TimedStreamer(TextStreamer):
         self.times.append(time.perf_counter())
 
 
+def with_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
+    """The model with an adapter in its dtype; PEFT would make that fp32. Linear layers in 4 bit add the adapter within
+    their own products."""
+    model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+    has_linear = any(isinstance(module, Linear4bit) for module in model.modules())
+    return enable_fused_linear_lora(model) if has_linear else model
+
+
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     path = options.model or small_model(options.output)
@@ -65,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         model.save_pretrained(options.save)
         tokenizer.save_pretrained(options.save)
     if options.adapter:
-        model = PeftModel.from_pretrained(model, options.adapter)
+        model = with_adapter(model, options.adapter)
     inputs = tokenizer(options.prompt, return_tensors="pt").to(DEVICE)
     settings = {"do_sample": False, "max_new_tokens": options.tokens}
     warm_up = settings | {"min_new_tokens": 2, "max_new_tokens": 2}

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwen3_moe_integration import expert_lora_config
+from qwen3_moe_integration import expert_lora_config, lora_linear
+from tests.kernel.oracle import assert_close
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,6 +64,48 @@ def test_an_adapter_changes_what_is_said(generate, tmp_path):
     model.save_pretrained(tmp_path / "noise")
     zeros, noise = (generate("--adapter", tmp_path / name) for name in ("zeros", "noise"))
     assert _text(zeros) == _text(base) != _text(noise)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("linear", [["q_proj", "o_proj"], []], ids=["of attention too", "of experts"])
+def test_an_adapter_has_the_dtype_of_the_model_and_says_what_peft_says(
+    generate, kernel_dir, tmp_path, monkeypatch, linear, bits, dtype
+):
+    """Word for word in fp32. In bf16 PEFT multiplies by its adapter in fp32, and routers near a tie take others."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from generate import with_adapter
+    from kernelized import DEVICE, load_model
+    from tiny_checkpoint import small_model
+
+    path, seen, forward = small_model(generate.output), [], lora_linear._AddLora.forward
+    spy = staticmethod(lambda ctx, x, *others: seen.append(x.dtype) or forward(ctx, x, *others))
+    monkeypatch.setattr(lora_linear._AddLora, "forward", spy)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model = get_peft_model(model, expert_lora_config(2, target_modules=linear))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)  # in fp32, as PEFT has made it
+
+    def answers(load) -> tuple[set[torch.dtype], torch.Tensor, torch.Tensor]:
+        """The adapter's dtypes, the tokens, and the logits of the first of them."""
+        model = load(load_model(path, bits, dtype, "inference", kernel_dir), tmp_path)
+        dtypes = {parameter.dtype for name, parameter in model.named_parameters() if "lora_" in name}
+        prompt = torch.arange(300, 340, device=DEVICE)[None]
+        settings = {"do_sample": False, "repetition_penalty": 9.0, "min_new_tokens": 12, "max_new_tokens": 12}
+        settings |= {"output_logits": True, "return_dict_in_generate": True}
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+        return dtypes, out.sequences[0, 40:], out.logits[0]
+
+    (_, want, want_logits), by_peft = answers(PeftModel.from_pretrained), len(seen)
+    dtypes, got, logits = answers(with_adapter)
+    assert dtypes == {dtype}
+    assert not by_peft and set(seen) == ({dtype} if linear and bits == 4 else set()), "who adds attention's"
+    assert len(want.unique()) == 12 and logits.isfinite().all()
+    if dtype == torch.float32:
+        assert torch.equal(got, want)
+        assert_close("logits", want_logits, logits, 1e-4)
 
 
 def test_text_is_printed_as_it_comes(generate, monkeypatch, capsys):
