@@ -240,13 +240,14 @@ def as_json(report: dict) -> str:
     return head.removesuffix("\n}") + ',\n "cards": {\n' + ",\n".join(cards) + "\n }\n}\n"
 
 
-def main() -> int:
-    options = parse()
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse(argv)
     kernel = load_kernel(options.kernel.resolve())
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
         cards = dict(zip(options.arch, pool.map(partial(compile_card, options=options), options.arch)))
     report = {
-        "command": shlex.join(["python", "benchmarks/compile_report.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/compile_report.py", *argv]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "torch": torch.__version__,
         "triton": triton.__version__,

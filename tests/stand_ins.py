@@ -1,4 +1,5 @@
-"""What the guides call by names of the Hub or of a reader's files, made small: run in the folder that gets them."""
+"""What pages find in their folder, made there: the repository as a reader has it, and small files that stand for names
+of the Hub or of a reader's files."""
 
 import json
 import sys
@@ -6,7 +7,7 @@ from pathlib import Path
 
 from transformers import Qwen3MoeConfig
 
-from tests.documents import ROOT
+from tests.documents import ROOT, copy_checkout
 from tests.integration.adapters import V4Adapter
 from tests.integration.models import Tiny
 from tests.integration.quantized import SIZES, checkpoint
@@ -16,6 +17,7 @@ MIXTRAL = Tiny("mixtral", {"num_local_experts": 8, "intermediate_size": 24})
 
 
 def make() -> None:
+    copy_checkout(Path())
     sys.path.insert(0, str(ROOT / "examples"))
     from tiny_checkpoint import make_checkpoint
 

@@ -79,6 +79,9 @@ def check_script(after):
 
 
 def check_kernelize(after):
+    there, installed = (Path(folder, "qwen3_moe_integration") for folder in ("integration", "installed"))
+    modules = {file.relative_to(there) for file in there.rglob("*.py")}
+    assert modules and modules == {file.relative_to(installed) for file in installed.rglob("*.py")}
     for names in after:
         check_runs_on_the_kernel(names["model"])
     for model in (after[-1]["again"], after[-1]["model"]):
@@ -142,8 +145,38 @@ def check_scaling(after):
     check_runs_on_the_kernel(expert_parallel["model"])
 
 
-def check_commands_alone(after):
+def check_launched(after):
+    """The commands for several processes."""
     assert after == []
+    check_finetuned(Path("outputs/ddp"))
+    check_finetuned(Path("outputs/fsdp2"))
+    result = json.loads(Path("results/scaling.json").read_text())
+    assert result["ranks"] == 2 and len(result["runs"]) == 3 and result["graphs"]
+
+
+def check_tuning(after):
+    assert after == []
+    assert complete("results/compare.json") and complete("results/crossover.json")
+    assert complete("results/uneven/crossover.json") and Path("results/profile.md").is_file()
+    cards = json.loads(Path("results/compile_report.json").read_text())["cards"]
+    assert [*cards] == ["sm_86"] and cards["sm_86"]
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_name().replace(" ", "_")
+        for table in ("rows.json", f"torch-ext/qwen3_moe_fused/configs/{card}.json"):
+            assert json.loads(Path(table).read_text())["tilings"].keys() == {"1"}
+
+
+def check_benchmarks(after):
+    assert after == []
+    results = Path("benchmarks/results")
+    assert all(complete(results / f"{name}.json") for name in ("compare", "compare-four-bit", "compare-lora"))
+    assert (results / "compare-four-bit-time.png").is_file() and (results / "profile.md").is_file()
+    verified = json.loads(Path("benchmark.json").read_text())["results"]
+    assert len(verified) == 6 and all(each["verified"] for each in verified)
+
+
+def complete(file):
+    return json.loads(Path(file).read_text())["complete"]
 
 
 def check_runs_on_the_kernel(model):
@@ -161,9 +194,9 @@ CHECKS = {
     "docs/unsloth.md": check_unsloth,
     "docs/other-models.md": check_other_models,
     "docs/convert.md": check_convert,
-    "docs/tuning.md": check_commands_alone,
-    "docs/scaling.md": check_commands_alone,  # on two ranks: check_scaling
-    "benchmarks/README.md": check_commands_alone,
+    "docs/tuning.md": check_tuning,
+    "docs/scaling.md": check_launched,  # its Python, on two ranks: check_scaling
+    "benchmarks/README.md": check_benchmarks,
 }
 RUNNING = [page for page in PAGES if page not in ON_A_HUB and RUN & {block.language for block in blocks(ROOT / page)}]
 
@@ -172,6 +205,8 @@ RUNNING = [page for page in PAGES if page not in ON_A_HUB and RUN & {block.langu
 def test_the_page_runs(page, folder, environment):
     if page == "docs/trl.md" and not torch.cuda.is_available():
         environment = environment | {"TRITON_INTERPRET": "1"}  # TRL computes its loss by a Triton kernel
+    if page == "docs/scaling.md":
+        environment = environment | {"CUDA_VISIBLE_DEVICES": ""}  # its processes are several, GPUs may be one
     chosen = [block for block in blocks(ROOT / page) if not block.needs]
     run(ROOT / page, chosen, folder, CHECKS[page], environment)
 
@@ -180,6 +215,15 @@ def test_the_page_runs(page, folder, environment):
 def test_what_needs_ranks_runs_on_two(page, folder, environment):
     chosen = [block for block in blocks(ROOT / page) if block.needs == "ranks"]
     run_on_two_ranks(ROOT / page, chosen, folder, check_scaling, environment)
+
+
+def test_steps_of_a_model_that_unsloth_loads_are_timed(folder, environment):
+    """In a process that has imported nothing of these tests, for the integration would wrap Unsloth's own experts."""
+    (commands,) = (block.code for block in blocks(ROOT / "docs/unsloth.md") if block.needs == "itself")
+    in_own_process(run_commands, commands, folder=folder, environment=environment)
+    stem = folder / "benchmarks/results/train_step-1-layers-unsloth"
+    theirs, ours = (json.loads(Path(f"{stem}{name}.json").read_text())["experts"] for name in ("", "-kernel"))
+    assert (theirs, ours) == ("Unsloth", "this kernel")
 
 
 @pytest.mark.gpu
@@ -196,7 +240,7 @@ def test_every_block_is_run_or_only_shown(page):
     found = blocks(ROOT / page)
     assert 2 * len(found) == len(re.findall(r"^\s*```", (ROOT / page).read_text(), re.M))
     assert {block.language for block in found} <= RUN | SHOWN
-    assert {block.needs for block in found} <= {"", "gpu", "hub", "ranks"}
+    assert {block.needs for block in found} <= {"", "gpu", "hub", "ranks", "itself"}
     assert [block for block in found if block.language in SHOWN and is_code(block.code)] == []
 
 
@@ -230,15 +274,18 @@ def test_code_does_not_pass_for_text():
         ("torchrun --nproc-per-node=2 benchmarks/scaling.py --layers few", "invalid int value: 'few'"),
         ("pip install no-such-package-xyz", "no-such-package-xyz is no package"),
         ("pip install 'kernels>=99'", "kernels>=99 is no package"),
-        ("pip install ./nowhere", "./nowhere is no package"),
-        ("make test NONSENSE", "targets are"),
+        ("pip install ./nowhere", "'./nowhere'"),
+        ("python benchmarks/plot.py missing.json", "No such file or directory"),
+        ("make test NONSENSE", "No rule to make target"),
+        ("make benchmarks", "Nothing to be done for"),
+        ("kernels benchmark nowhere", "must specify either branch or version"),
         ("kernels measure .", "does not know"),
         ("curl example.org", "does not know"),
     ],
 )
-def test_a_command_that_would_fail_is_not_passed_over(line, message, tmp_path):
+def test_a_command_that_would_fail_is_not_passed_over(line, message, folder):
     with pytest.raises(AssertionError, match=re.escape(message)) as raised:
-        in_own_process(run_commands, line, folder=tmp_path, environment={})
+        in_own_process(run_commands, line, folder=folder, environment={})
     assert f"AssertionError: {line}" in str(raised.value)
 
 

@@ -24,6 +24,11 @@ def apply_config(name: str) -> bool:
     variables = prepare_multi_gpu_env(arguments)
     os.environ |= {name: value for name, value in variables.items() if name not in os.environ}
     if arguments.use_fsdp:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-        state.PartialState._prepare_backend = lambda *_, **__: ("gloo", state.DistributedType.MULTI_GPU)
+        pass_for_gpus()
     return arguments.use_fsdp
+
+
+def pass_for_gpus() -> None:
+    """Has Accelerate take a process on the CPU for one on a GPU that talks by gloo."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    state.PartialState._prepare_backend = lambda *_, **__: ("gloo", state.DistributedType.MULTI_GPU)
