@@ -43,7 +43,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--save", type=Path, help="folder to save the model in, to load it faster the next time")
     parser.add_argument("--output", type=Path, default=Path("outputs/generate"))
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.adapter and not (options.adapter / "adapter_config.json").is_file():
+        parser.error(f"--adapter: {options.adapter} has no adapter_config.json; finetune.py's adapter is in model/")
+    return options
 
 
 class TimedStreamer(TextStreamer):

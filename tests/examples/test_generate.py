@@ -108,6 +108,16 @@ def test_an_adapter_has_the_dtype_of_the_model_and_says_what_peft_says(
         assert_close("logits", want_logits, logits, 1e-4)
 
 
+def test_a_folder_without_an_adapter_is_refused_before_a_model_is_loaded(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import generate
+
+    monkeypatch.setattr(generate, "load_model", lambda *_: pytest.fail("a model is loaded"))
+    with pytest.raises(SystemExit):
+        generate.main(["--adapter", str(tmp_path)])
+    assert f"--adapter: {tmp_path} has no adapter_config.json" in capsys.readouterr().err
+
+
 def test_text_is_printed_as_it_comes(generate, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "examples")
     from generate import TimedStreamer

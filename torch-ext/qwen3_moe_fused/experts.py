@@ -75,7 +75,7 @@ def fused_experts(
             which elements are dropped follows from PyTorch's random numbers on the device of ``hidden_states``.
 
     Returns:
-        (T, H), dtype of ``hidden_states``. Any size may be 0; a sum over nothing is zero.
+        (T, H), dtype of ``hidden_states``. Any size but those of a 4-bit stack may be 0; a sum over nothing is zero.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it wants.

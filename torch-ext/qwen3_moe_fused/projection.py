@@ -181,8 +181,8 @@ def check_weight(name: str, weight: Weight, dims: str) -> None:
 
 def check_four_bit(name: str, weight: FourBitWeight) -> None:
     """The packed stack and its statistics fit each other and the shape they say they have."""
-    if len(weight.shape) != 3:
-        raise ValueError(f"{name} must have a 3-D shape (E, N, K), got {tuple(weight.shape)}")
+    if len(weight.shape) != 3 or min(weight.shape) < 1:
+        raise ValueError(f"{name} must have a 3-D shape (E, N, K) of sizes above 0, got {tuple(weight.shape)}")
     if weight.quant_type not in QUANT_TYPES:
         raise ValueError(f"{name}.quant_type must be one of {', '.join(QUANT_TYPES)}, got {weight.quant_type!r}")
     if weight.blocksize < 1 or weight.blocksize % 2:
