@@ -34,7 +34,8 @@ def test_the_marked_tests_pass_with_torch_kernels_and_pytest_alone(kernel_dir, d
     absent = {name: None for name in {*names, "qwen3_moe_integration"} - THERE}  # which an import takes for missing
     (tmp_path / "absent.py").write_text(f"import sys\nsys.modules.update({absent})\n")
     environment = {**os.environ, "LOCAL_KERNELS": f"org/qwen3-moe-fused={kernel_dir}"}
-    environment |= {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment |= {"PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, "-m", "pytest", str(source / "tests"), "-m", "kernels_ci", "-p", "no:cacheprovider"]
     settings = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 600}
     run = subprocess.run([*command, "-p", "absent", "-k", device], **settings)
