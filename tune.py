@@ -92,10 +92,10 @@ class Layer:
     def linear(self, tile) -> None:
         """The down projection and the gradient of hidden_states, which share a tile."""
         launch = self.modules.linear.linear_tiles
-        launch(self.intermediate, self.down_proj, self.tiles, self.block_m, tile, self.slots, self.order)
+        launch(self.intermediate, self.down_proj, self.offsets, self.tiles, self.block_m, tile, self.slots, self.order)
         launch(
-            self.pre_activation, self.gate_up_proj, self.tiles, self.block_m, tile, self.slots, self.order,
-            transposed=True,
+            self.pre_activation, self.gate_up_proj, self.offsets, self.tiles, self.block_m, tile, self.slots,
+            self.order, transposed=True,
         )  # fmt: skip
 
     def down_backward(self, tile) -> None:

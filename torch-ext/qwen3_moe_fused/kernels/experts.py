@@ -101,8 +101,9 @@ def experts_forward(
         for col, rows, sums in _windows(out_slots, out):
             for weight, expert in _parts(down_proj, chosen, m_sizes, dtype):
                 linear_tiles(
-                    intermediate, weight, tiles, block_m, second, rows, order, added_down, expert, first_col=col
-                )
+                    intermediate, weight, offsets, tiles, block_m, second, rows, order, added_down, expert,
+                    first_col=col,
+                )  # fmt: skip
             combine(rows, top_k_weights, top_k_index, experts, sums)
     else:
         out = torch.full_like(hidden_states, torch.nan)  # whoever reads it shall notice
@@ -184,8 +185,8 @@ def experts_backward(
         for col, rows, sums in _windows(grad_slots, grad_hidden_states):
             for weight, expert in _parts(gate_up_proj, chosen, m_sizes, dtype):
                 linear_tiles(
-                    grad_pre_activation, weight, tiles, block_m, second, rows, order, added, expert, transposed=True,
-                    first_col=col,
+                    grad_pre_activation, weight, offsets, tiles, block_m, second, rows, order, added, expert,
+                    transposed=True, first_col=col,
                 )  # fmt: skip
             once = (None, None) if col else (parts, grad_weights)
             combine_backward(rows, once[0], top_k_index, experts, sums, once[1])
@@ -246,7 +247,7 @@ def _parts(
             run = spare.numel() // (n * k)
         else:
             spare = m_sizes.new_empty(min(run, experts) * n * k, dtype=dtype)
-        run = min(run, experts)
+        run = cdiv(experts, cdiv(experts, min(run, experts)))  # as few runs, of equal lengths
         scratch = spare.view(-1)[: run * n * k].view(run, n, k)
         for first in range(0, experts, run):
             decoded = scratch[: experts - first]
