@@ -24,7 +24,7 @@ def assert_halves_change_no_bit(kernel: ModuleType, layer: AdaptedLayer) -> None
     # How many there are says nothing: a call that finds a kernel missing is given up, rehearsed and made again.
     columns = layer.inputs.hidden_states.shape[1]
     directions = {
-        (product.kwargs.get("transposed", False), product.args[5].shape[1] < columns)
+        (product.kwargs.get("transposed", False), product.args[6].shape[1] < columns)
         for product in products.call_args_list
     }
     assert directions == {(False, True), (True, True)}, "some product, forward or backward, was not in halves"

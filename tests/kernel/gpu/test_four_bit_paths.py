@@ -1,6 +1,8 @@
 """The paths that 4-bit experts are multiplied by, against each other; and what none of them may read."""
 
+import importlib
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -54,6 +56,24 @@ def from_poison(step: Step) -> dict[str, torch.Tensor]:
     torch.cuda.empty_cache()  # or memory that is handed out again could hold the right results
     with poisoned_memory(step.hidden_states.device.type):
         return step()
+
+
+@pytest.mark.parametrize("imbalance", ["some_skipped", "some_empty", "one_takes_all"])
+@pytest.mark.parametrize("experts_at_a_time", [1, 3])
+def test_odd_runs_of_decoded_experts_change_no_bit(kernel, way, forget, monkeypatch, experts_at_a_time, imbalance):
+    """Decoded some at a time, whose tiles each launch finds on the device; or all at once."""
+    way("dequantize")
+    regime, experts = (importlib.import_module(f"{kernel.__name__}.{name}") for name in ("regime", "kernels.experts"))
+    step = Step(kernel, replace(ODD, T=700, imbalance=imbalance), "cuda", torch.bfloat16, Quantization())
+    at_once = from_poison(step)
+    monkeypatch.setattr(regime, "LARGE_SCRATCH", experts_at_a_time * ODD.H * ODD.I * 2)
+    monkeypatch.setattr(regime, "SCRATCH", experts_at_a_time * ODD.H * ODD.I * 2)
+    forget()
+    with mock.patch.object(experts, "linear_tiles", side_effect=experts.linear_tiles) as products:
+        in_runs = from_poison(step)
+    assert all(product.args[1].shape[0] <= experts_at_a_time for product in products.call_args_list)
+    assert len(products.call_args_list) >= 2 * ODD.E / experts_at_a_time
+    assert_same_bits(at_once, in_runs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
