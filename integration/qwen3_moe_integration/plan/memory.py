@@ -30,7 +30,7 @@ LOSS_CHUNK = 16
 """Liger's chunk_mem_const as the examples set it: logits may take so many times what hidden states take."""
 GRAPHS_TURNS = 1.9
 """Memory of the layers' CUDA graphs, in turns: their two passes leave gaps in it. Measured on an H200, as reserved."""
-FAST_ROWS, PLAIN_ROWS = 1200, 40
+FAST_ROWS, PLAIN_ROWS = 800, 40
 SCRATCH, LARGE_SCRATCH, LARGE_SCRATCH_ROWS = 64 * 2**20, 511 * 2**20, 256
 """As in the kernel's regime.py: up to how many rows per expert 4-bit weights are decoded in registers, and how much of
 them is decoded at a time where they are not."""
