@@ -40,7 +40,7 @@ from qwen3_moe_integration.plan.memory import (
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LORA_STEP = "nvidia-h200/train_step-48-layers-graphs-keep-attention-experts-o_proj-offload-experts.json"
-EXPERTS = "nvidia-h200/compare-liger.json"
+EXPERTS = "nvidia-h200/compare-bf16.json"
 LAYERS, TOKENS, GLOBAL_BATCH = 48, 4096, 64
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 BACKWARD = 2 / 3

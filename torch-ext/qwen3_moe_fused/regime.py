@@ -38,7 +38,8 @@ SCRATCH = 64 * 2**20
 LARGE_SCRATCH = 511 * 2**20
 LARGE_SCRATCH_ROWS = 256
 """Bytes that the weights decoded at a time may take: each part of them ends on a half-empty GPU. Up to so many rows an
-expert the larger makes the layer at least 15 % faster (1.05 against 1.30 ms at 64 rows), at 1024 rows 8 %."""
+expert the larger makes the layer at least 15 % faster, beyond 7 to 9 % and less. On an H200:
+benchmarks/results/nvidia-h200/scratch.txt."""
 
 WINDOW = 64 * 2**20
 """Bytes that the second product's result, a row a slot, may take whole. Above, it comes in two halves, which frees half

@@ -6,5 +6,5 @@ widths. To look for stray accesses on small shapes:
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m pytest tests/kernel/gpu -k odd
     compute-sanitizer --tool racecheck python -m pytest tests/kernel/gpu -k odd
 
-What memcheck found last is in benchmarks/results/nvidia-h100/compute-sanitizer.txt.
+What they found last is in benchmarks/results/nvidia-h200/compute-sanitizer.txt.
 """
