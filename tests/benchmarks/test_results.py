@@ -12,7 +12,8 @@ WITHOUT_A_COMMAND = {
     "nvidia-h100/profile.json",  # of before profile_layer.py wrote one
     "nvidia-h100/train_step-8-layers-unsloth-kernel.json",  # of two runs, each of which has its own
 }
-COMMAND = re.compile(r"python (-m pytest|\w+/\w+\.py)|torchrun .* benchmarks/|^(\S+=1 )?make \w+", re.M)
+PYTHON = r"(taskset -c \S+ )?python (-m pytest|\w+/\w+\.py)"
+COMMAND = re.compile(rf"{PYTHON}|torchrun .* benchmarks/|^(\S+=1 )?make \w+", re.M)
 
 
 def named(pattern: str) -> list[str]:
