@@ -87,6 +87,14 @@ def test_calls_go_round_every_input_set():
     assert seen[measure.WARM_UP_CALLS :] == [0, 1, 2, 0, 1, 2, 0]
 
 
+def test_no_thread_has_to_wake_while_calls_are_timed():
+    def call():
+        assert not torch._C._is_multithreading_enabled()
+
+    measure.time_calls([call], 2, "cpu")
+    assert torch._C._is_multithreading_enabled()
+
+
 def test_a_right_peer_gets_times_and_errors(weights, options):
     record = results_of(partial(dense, weights), weights, options)
     assert record["status"] == "ok"
