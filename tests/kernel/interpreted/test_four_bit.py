@@ -42,25 +42,33 @@ def test_decoded_in_the_products(triton_kernel, way, problem, quantization, dtyp
 
 
 @pytest.mark.parametrize("imbalance", ["some_skipped", "one_takes_all"])
-@pytest.mark.parametrize("experts_at_a_time", [1, 2, 5])
-def test_decoded_first_some_experts_at_a_time(triton_kernel, way, monkeypatch, experts_at_a_time, imbalance):
-    """In no more scratch memory than the plan allows: no result here is large enough to serve as that. One expert's
-    rows may be more than a run's share, and the programs' of a launch more than one tile each."""
+@pytest.mark.parametrize(
+    ("experts_at_a_time", "gate_up", "down"),
+    [(1, [1] * 5, [2, 2, 1]), (2, [2, 2, 1], [3, 2]), (4, [3, 2], [5]), (5, [5], [5])],
+    ids=str,
+)
+def test_decoded_first_some_experts_at_a_time(
+    triton_kernel, way, monkeypatch, experts_at_a_time, gate_up, down, imbalance
+):  # fmt: skip
+    """In runs as few and as even as the scratch memory of the plan allows, of down twice as many experts: no result
+    here is large enough to serve as that. One expert's rows may be more than a run's share, and the programs' of a
+    launch more than one tile each."""
     way("dequantize")
     problem = Problem(T=38, k=2, E=5, H=64, I=64, imbalance=imbalance)
     regime, experts = (importlib.import_module(f"{triton_kernel.__name__}.{f}") for f in ("regime", "kernels.experts"))
-    scratch, decoded_at_once = experts_at_a_time * 2 * problem.I * problem.H * 4, []
+    scratch, runs = experts_at_a_time * 2 * problem.I * problem.H * 4, []
 
     def recorded(weight, first, out, m_sizes):
         assert first + out.shape[0] <= problem.E
-        decoded_at_once.append(out.nbytes)
+        assert out.untyped_storage().nbytes() < min(scratch, problem.E * out[0].nbytes) + out[0].nbytes  # and margins
+        runs.append(out.shape[0])
         dequantize_experts(weight, first, out, m_sizes)
 
     dequantize_experts = experts.dequantize_experts
     monkeypatch.setattr(experts, "dequantize_experts", recorded)
     monkeypatch.setattr(regime, "LARGE_SCRATCH", scratch)
     assert_adapted_experts_agree(triton_kernel, problem, "cpu", torch.float32, Quantization())
-    assert len(decoded_at_once) >= 4 * 5 / (2 * experts_at_a_time) and max(decoded_at_once) == scratch
+    assert runs == gate_up + down + down + gate_up  # forward, then backward
 
 
 def test_decoded_first_into_a_result_that_is_not_written_yet(triton_kernel, way, monkeypatch):
