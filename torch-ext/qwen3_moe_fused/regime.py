@@ -20,8 +20,8 @@ from .tiling import Tile, Tiling, cdiv, tuned_fast_rows
 
 FAST_ROWS = 800
 """Rows per expert up to which the fast path beats dequantizing. Forward and backward on an H100, ms: at 768 rows 2.51
-and 2.95 against 2.70 and 3.17, at 1024 3.12 and 3.91 against 3.29 and 4.00; dequantizing has become 4 to 8 % faster
-since. A card with faster memory changes over earlier; its tuned table says when."""
+and 2.95 against 2.70 and 3.17, at 1024 3.12 and 3.91 against 3.29 and 4.00; since then dequantizing takes 4 to 6 % less
+time, measured on an H200 from 512 rows on. A card with faster memory changes over earlier; its tuned table says when."""
 
 PLAIN_ROWS = 40
 """The same for the plain path where dequantizing has no byte permutes either: 1.69 against 2.05 ms at 32 rows, 2.65
@@ -37,9 +37,9 @@ and 0.083 against 0.063, 0.068 and 0.078."""
 SCRATCH = 64 * 2**20
 LARGE_SCRATCH = 511 * 2**20
 LARGE_SCRATCH_ROWS = 256
-"""Bytes that the weights decoded at a time may take: each part of them ends on a half-empty GPU. Up to so many rows an
-expert the larger makes the layer at least 15 % faster, beyond 7 to 9 % and less. On an H200:
-benchmarks/results/nvidia-h200/scratch.txt."""
+"""Bytes that the weights decoded at a time may take: each run of them ends on a half-empty GPU. Up to so many rows an
+expert the larger takes at least 13 % off the layer's time, at 384 7 to 9 %, at 512 3 to 4; at 768 forward and backward
+take 18 % longer. On an H200: benchmarks/results/nvidia-h200/scratch.txt."""
 
 WINDOW = 64 * 2**20
 """Bytes that the second product's result, a row a slot, may take whole. Above, it comes in two halves, which frees half
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 
     Forward, first is gate_up and second is down; backward, first is down_backward and second the gradient of
     hidden_states. ``shares_tiles`` says that the other direction's tiles have as many rows; ``permute`` has the columns
-    of what they read permuted beforehand, see ``four_bit_fast``; ``scratch`` is how many bytes are decoded at a time.
+    of what they read permuted beforehand, see ``four_bit_fast``; ``scratch`` is how many bytes may be decoded at a time.
     """
 
     path: str
