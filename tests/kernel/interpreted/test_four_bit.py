@@ -135,7 +135,7 @@ def test_experts_without_rows_are_not_decoded(triton_kernel, launchers):
     weight = triton_kernel.four_bit_weight(parameter)
     with poisoned_memory("cpu"):
         out = torch.empty(3, 8, 64)
-    launchers.dequantize_experts(weight, 1, out, torch.tensor([1, 0, 3, 0], dtype=torch.int32))
+    launchers.dequantize_experts(weight, 1, out, torch.tensor([3, 0, 1, 0], dtype=torch.int32))
     ref = decoded(parameter, torch.float32)
     assert torch.equal(out[1], ref[2])
     assert not torch.isfinite(out[0]).any() and not torch.isfinite(out[2]).any()
