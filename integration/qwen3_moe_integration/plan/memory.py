@@ -316,13 +316,14 @@ def rows_per_expert(model: Shapes, step: Step) -> int:
 def decoded_bytes(model: Shapes, step: Step, matrix: int, spare: int = 0) -> float:
     """What a projection's 4-bit weights take once decoded, as many experts as the kernel decodes at a time.
 
-    matrix: elements of an expert's. spare: elements of memory nobody has written to yet, taken if it holds more.
+    matrix: elements of an expert's. spare: elements of memory nobody has written to yet, taken if they suffice.
     """
     if not decodes_to_memory(model, step):
         return 0
     scratch = LARGE_SCRATCH if rows_per_expert(model, step) <= LARGE_SCRATCH_ROWS else SCRATCH
-    run = max(1, scratch // (HALF * matrix))
-    return 0 if spare // matrix > run else HALF * matrix * min(run, model.stack)
+    most = max(1, spare // matrix, scratch // (HALF * matrix))
+    run = -(-model.stack // -(-model.stack // most))  # in as few runs, of lengths as even
+    return 0 if spare // matrix >= run else HALF * matrix * run
 
 
 def loss_bytes(model: Shapes, step: Step) -> float:

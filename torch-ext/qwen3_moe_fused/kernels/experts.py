@@ -236,18 +236,17 @@ def _parts(
     """``weight`` as the kernels take it, and the number of its first expert.
 
     To be dequantized, it comes in runs of experts that share one scratch. ``spare`` is memory that nobody has written
-    to yet, which serves as that if it holds more.
+    to yet, which serves as that if it is large enough.
     """
     if not isinstance(weight, FourBitWeight) or chosen.path == "plain":
         yield weight, 0
     else:
         experts, n, k = weight.shape
-        run = max(1, chosen.scratch // (n * k * dtype.itemsize))
-        if spare is not None and spare.numel() // (n * k) > run:
-            run = spare.numel() // (n * k)
-        else:
-            spare = m_sizes.new_empty(min(run, experts) * n * k, dtype=dtype)
-        run = cdiv(experts, cdiv(experts, min(run, experts)))  # as few runs, of equal lengths
+        spared = 0 if spare is None else spare.numel() // (n * k)
+        most = max(1, spared, chosen.scratch // (n * k * dtype.itemsize))
+        run = cdiv(experts, cdiv(experts, most))  # in as few runs, of lengths as even
+        if spared < run:
+            spare = m_sizes.new_empty(run * n * k, dtype=dtype)
         scratch = spare.view(-1)[: run * n * k].view(run, n, k)
         for first in range(0, experts, run):
             decoded = scratch[: experts - first]
