@@ -6,7 +6,7 @@ and replayed. Both go round a ring of input sets, each with its own routing, so 
 cache because the call before it left them there.
 
 Backward runs in the thread that calls it. By default PyTorch hands it to a thread of its own, once in a whole model's
-step; timed with one layer, that would be the thread's waking more than the layer.
+step; with a lone layer each call would wait for that thread to wake.
 """
 
 from __future__ import annotations

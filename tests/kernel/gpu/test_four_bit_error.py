@@ -1,7 +1,8 @@
 """The error of 4-bit experts against fp64: at most 1.2 times that of bitsandbytes and 16-bit products.
 
 The fast path rounds the codebook to 16 bit. Between weights of both signs that averages out; between positive ones
-alone, which ``Problem`` draws for few slots, it does not, and errors are 1.2 to 1.4 times stock's.
+alone, which ``Problem`` draws for few slots, it does not, and errors were 1.22 and 1.34 times stock's
+(nvidia-h200/tests.txt).
 """
 
 from dataclasses import replace
