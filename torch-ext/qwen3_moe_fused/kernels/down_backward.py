@@ -119,10 +119,10 @@ def _down_backward_kernel(
 ):  # fmt: skip
     """Grid (tiles * cdiv(I, BLOCK_N),): one tile of rows, BLOCK_N columns of the intermediate size.
 
-    grad (T, H), w (experts, I, H) as a view of down_proj, others left out as in linear, pre_activation and
-    grad_pre_activation (S, 2I), weights (T, k),
+    grad (T, H), w (last_expert - first_expert, I, H) as a view of down_proj: tiles of other experts are left out.
+    pre_activation and grad_pre_activation (S, 2I), weights (T, k),
     weighted (S, I) or None: weight * act(gate) * up, which the gradients of down_proj and of its adapter's A need;
-    parts (blocks, S) fp32; addition and LORA as in lora.
+    parts (blocks, S) fp32; SPLIT as in linear; addition and LORA as in lora.
     """
     blocks: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     tile = tiles + tl.program_id(0) // blocks * 3

@@ -66,8 +66,9 @@ def _gate_up_kernel(
 ):  # fmt: skip
     """Grid (tiles * cdiv(I, BLOCK_N),): one tile of rows, BLOCK_N gate columns and the same up columns.
 
-    x (T, H), w (experts, 2I, H), pre_activation (S, 2I) or None, intermediate (S, I), order (S,). SPLIT and the experts
-    as in linear; addition and LORA as in lora. PERMUTE orders the columns of intermediate for ``four_bit_fast``.
+    x (T, H), w (last_expert - first_expert, 2I, H): tiles of other experts are left out. pre_activation (S, 2I) or
+    None, intermediate (S, I), order (S,). SPLIT as in linear; addition and LORA as in lora. PERMUTE orders the columns
+    of intermediate for ``four_bit_fast``.
     """
     blocks: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     tile = tiles + tl.program_id(0) // blocks * 3

@@ -44,53 +44,17 @@ def _linear_tile(
 
 
 @triton.jit
-def _linear_rows(
-    a, w, w_desc, addition, out, scatter, expert, first_expert, first, end, col,
+def _linear_block(
+    at, a, w, w_desc, addition, out, scatter, tiles, first_expert, first_block, blocks,
     stride_am, stride_ak, stride_we, stride_wn, stride_wk, stride_om,
-    N: tl.constexpr, K: tl.constexpr, LORA: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, REST: tl.constexpr, LORA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, W_ROWS: tl.constexpr, FORMAT: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """A tile, or with SPLIT half of one where that will do: an expert's last tile seldom is full."""
-    if SPLIT:
-        if end - first > BLOCK_M // 2:
-            _linear_tile(
-                a, w, w_desc, addition, out, scatter, expert, first_expert, first, end, col, stride_am, stride_ak,
-                stride_we, stride_wn, stride_wk, stride_om, N, K, LORA, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, FORMAT,
-            )  # fmt: skip
-        else:
-            _linear_tile(
-                a, w, w_desc, addition, out, scatter, expert, first_expert, first, end, col, stride_am, stride_ak,
-                stride_we, stride_wn, stride_wk, stride_om, N, K, LORA, BLOCK_M // 2, BLOCK_N, BLOCK_K, W_ROWS, FORMAT,
-            )  # fmt: skip
-    else:
-        _linear_tile(
-            a, w, w_desc, addition, out, scatter, expert, first_expert, first, end, col, stride_am, stride_ak,
-            stride_we, stride_wn, stride_wk, stride_om, N, K, LORA, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, FORMAT,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["first_block", "blocks"])
-def _linear_kernel(
-    # pointers
-    a, w, w_desc, addition, out, scatter, tiles,
-    # sizes
-    first_block, blocks, N: tl.constexpr, K: tl.constexpr, REST: tl.constexpr,
-    # strides
-    stride_am, stride_ak, stride_we, stride_wn, stride_wk, stride_om,
-    # meta
-    LORA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    W_ROWS: tl.constexpr, FORMAT: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Grid (tiles * blocks,): one tile of rows, BLOCK_N columns.
-
-    a (M, K), w (E, N, K). out (M, .) holds a window of the N columns: ``blocks`` blocks, of which the first is
-    ``first_block``. scatter (M,) or None: row i goes to out[scatter[i]]. Tiles of "expert" REST get zeros. addition
-    and LORA as in lora, scatter then tells the slots.
-    """
-    tile = tiles + tl.program_id(0) // blocks * 3
-    col = (first_block + tl.program_id(0) % blocks) * BLOCK_N
-    out -= first_block * BLOCK_N
+    """Block ``at``, where each tile has ``blocks``. With SPLIT, half a tile where that will do: an expert's last one
+    seldom is full."""
+    tile = tiles + at // blocks * 3
+    col = (first_block + at % blocks) * BLOCK_N
     expert = tl.load(tile)
     first = tl.load(tile + 1)
     end = tl.load(tile + 2)
@@ -98,49 +62,58 @@ def _linear_kernel(
         row = first + tl.arange(0, BLOCK_M)
         cols = col + tl.arange(0, BLOCK_N)
         zeros = tl.zeros((BLOCK_M, BLOCK_N), out.dtype.element_ty)
-        at = out + row.to(tl.int64)[:, None] * stride_om + cols[None, :]
-        tl.store(at, zeros, mask=(row < end)[:, None] & (cols < N)[None, :])
-        return
-    if expert < 0:
-        return
-    _linear_rows(
-        a, w, w_desc, addition, out, scatter, expert, 0, first, end, col, stride_am, stride_ak, stride_we, stride_wn,
-        stride_wk, stride_om, N, K, LORA, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, FORMAT, SPLIT,
-    )  # fmt: skip
+        to = out + row.to(tl.int64)[:, None] * stride_om + cols[None, :]
+        tl.store(to, zeros, mask=(row < end)[:, None] & (cols < N)[None, :])
+    elif expert >= 0:
+        if SPLIT and end - first <= BLOCK_M // 2:
+            _linear_tile(
+                a, w, w_desc, addition, out, scatter, expert, first_expert, first, end, col, stride_am, stride_ak,
+                stride_we, stride_wn, stride_wk, stride_om, N, K, LORA, BLOCK_M // 2, BLOCK_N, BLOCK_K, W_ROWS, FORMAT,
+            )  # fmt: skip
+        else:
+            _linear_tile(
+                a, w, w_desc, addition, out, scatter, expert, first_expert, first, end, col, stride_am, stride_ak,
+                stride_we, stride_wn, stride_wk, stride_om, N, K, LORA, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, FORMAT,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_expert", "last_expert", "first_block", "blocks"])
-def _linear_run_kernel(
+def _linear_kernel(
     # pointers
     a, w, w_desc, addition, out, scatter, tiles, offsets,
     # sizes
-    first_expert, last_expert, first_block, blocks, N: tl.constexpr, K: tl.constexpr,
+    first_expert, last_expert, first_block, blocks, N: tl.constexpr, K: tl.constexpr, REST: tl.constexpr,
     # strides
     stride_am, stride_ak, stride_we, stride_wn, stride_wk, stride_om,
     # meta
     LORA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     W_ROWS: tl.constexpr, FORMAT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs,), of any number: the tiles of a run of experts, which the programs take in turns.
+    """Grid (tiles * blocks,): one tile of rows, BLOCK_N columns; with offsets (programs,), of any number.
 
-    Which tiles these are only the device knows, so the grid of ``_linear_kernel``, a program for every tile, would
-    have most of them do nothing. w (last_expert - first_expert, N, K); offsets (E+1,), by which the run's entries of
-    ``tiles`` are found, see routing. All else as in ``_linear_kernel``.
+    a (M, K), w (last_expert - first_expert, N, K). out (M, .) holds a window of the N columns: ``blocks`` blocks, of
+    which the first is ``first_block``. scatter (M,) or None: row i goes to out[scatter[i]]. Tiles of "expert" REST get
+    zeros. addition and LORA as in lora, scatter then tells the slots.
+
+    offsets (E+1,), or None if w is of all experts. Which tiles a run of them has, only the device knows: its entries of
+    ``tiles`` are found by offsets, see routing, and the programs take their blocks in turns. With a program for each
+    tile there is, most would find that it is not the run's.
     """
     out -= first_block * BLOCK_N
-    begin = tl.load(offsets + first_expert) // BLOCK_M + first_expert
-    stop = tl.load(offsets + last_expert) // BLOCK_M + last_expert
-    for at in range(begin * blocks + tl.program_id(0), stop * blocks, tl.num_programs(0)):
-        tile = tiles + at // blocks * 3
-        col = (first_block + at % blocks) * BLOCK_N
-        expert = tl.load(tile)
-        first = tl.load(tile + 1)
-        end = tl.load(tile + 2)
-        if expert >= 0:
-            _linear_rows(
-                a, w, w_desc, addition, out, scatter, expert, first_expert, first, end, col, stride_am, stride_ak,
-                stride_we, stride_wn, stride_wk, stride_om, N, K, LORA, BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, FORMAT,
-                SPLIT,
+    if offsets is None:
+        _linear_block(
+            tl.program_id(0), a, w, w_desc, addition, out, scatter, tiles, first_expert, first_block, blocks,
+            stride_am, stride_ak, stride_we, stride_wn, stride_wk, stride_om, N, K, REST, LORA, BLOCK_M, BLOCK_N,
+            BLOCK_K, W_ROWS, FORMAT, SPLIT,
+        )  # fmt: skip
+    else:
+        begin = tl.load(offsets + first_expert) // BLOCK_M + first_expert
+        stop = tl.load(offsets + last_expert) // BLOCK_M + last_expert
+        for at in range(begin * blocks + tl.program_id(0), stop * blocks, tl.num_programs(0)):
+            _linear_block(
+                at, a, w, w_desc, addition, out, scatter, tiles, first_expert, first_block, blocks,
+                stride_am, stride_ak, stride_we, stride_wn, stride_wk, stride_om, N, K, REST, LORA, BLOCK_M, BLOCK_N,
+                BLOCK_K, W_ROWS, FORMAT, SPLIT,
             )  # fmt: skip
 
 
@@ -166,7 +139,7 @@ def linear_tiles(
             ``first_expert`` on, whose rows alone are computed.
         offsets, tiles: as ``tile_table`` makes them.
         out: (M, N), or (M, width) for a window of the N columns; those of a row are consecutive.
-        rest: the label of tiles that get zeros, if ``weight`` is of all experts.
+        rest: the label of tiles that get zeros; a run of experts has none.
         first_col: where the window begins, a multiple of tile.block_n. So is its width, unless it ends at N.
     """
     experts, run = offsets.shape[0] - 1, weight.shape[0]
@@ -174,21 +147,15 @@ def linear_tiles(
     w = operand(weight, block_m, tile, transposed=transposed)
     low_rank, meta = addition_operand(addition)
     blocks = cdiv(out.shape[1], tile.block_n)
-    pointers = a, w.data, w.descriptor, low_rank, out, scatter, tiles
-    window = first_col // tile.block_n, blocks
-    strides = *a.stride(), *w.strides, out.stride(0)
-    settings = meta, block_m, tile.block_n, tile.block_k, w.w_rows, w.format, w.split
-    if run == experts:
-        launch(
-            _linear_kernel, (tiles.shape[0] * blocks,), tile.num_warps, tile.num_stages, pointers, window,
-            n, k, rest, *strides, *settings,
-        )  # fmt: skip
-    else:
-        programs = cdiv(tiles.shape[0] * run, experts) * blocks  # one for each tile, if experts have as many
-        launch(
-            _linear_run_kernel, (programs,), tile.num_warps, tile.num_stages,
-            (*pointers, offsets), (first_expert, first_expert + run, *window), n, k, *strides, *settings,
-        )  # fmt: skip
+    whole = run == experts
+    share = tiles.shape[0] if whole else cdiv(tiles.shape[0] * run, experts)  # as if all experts had as many
+    launch(
+        _linear_kernel, (share * blocks,), tile.num_warps, tile.num_stages,
+        (a, w.data, w.descriptor, low_rank, out, scatter, tiles, None if whole else offsets),
+        (first_expert, first_expert + run, first_col // tile.block_n, blocks),
+        n, k, rest, *a.stride(), *w.strides, out.stride(0),
+        meta, block_m, tile.block_n, tile.block_k, w.w_rows, w.format, w.split,
+    )  # fmt: skip
 
 
 def linear(input: Tensor, weight: Tensor, m_sizes: Tensor) -> Tensor:
