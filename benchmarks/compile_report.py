@@ -1,9 +1,9 @@
-"""Compiles every kernel of the 4-bit experts layer for cards that are not here, and records what each takes.
+"""Compiles every kernel of a frozen experts layer for cards that are not here, and records what each takes.
 
 The layer runs on empty tensors, with a launcher that compiles instead of launching: what is compiled is what the layer
-would choose on such a card, from one row per expert to thousands, in each of LAYERS: nf4 and fp4, bf16 and fp16,
-frozen and with adapters. Shared and tensor memory must stay below what the card has, or a user meets OutOfResources;
-and on Hopper nothing may overwrite a product's registers too early. Needs no GPU.
+would choose on such a card, from one row per expert to thousands, in each of LAYERS: nf4, fp4 and dense, bf16 and
+fp16, with adapters and without. Shared and tensor memory must stay below what the card has, or a user meets
+OutOfResources; and on Hopper nothing may overwrite a product's registers too early. Needs no GPU.
 
     python benchmarks/compile_report.py --out benchmarks/results
 """
@@ -44,10 +44,11 @@ RANK = 16
 
 
 class Layer(NamedTuple):
-    """What of a layer makes other kernels of the same tiles. ``factors`` is the dtype of adapters, None without; they
-    lie in memory as PEFT stores them. ``halves`` 2 gives gate and up an A each."""
+    """What of a layer makes other kernels of the same tiles. ``quant_type`` is None for dense weights. ``factors`` is
+    the dtype of adapters, None without; they lie in memory as PEFT stores them. ``halves`` 2 gives gate and up an A
+    each."""
 
-    quant_type: str
+    quant_type: str | None
     dtype: torch.dtype
     nested: bool = True
     factors: torch.dtype | None = None
@@ -65,6 +66,8 @@ LAYERS = {
     "nf4 fp16 adapters": Layer("nf4", FP16, factors=FP16),
     "fp4 bf16 adapters": Layer("fp4", BF16, factors=BF16),
     "fp4 fp16 adapters": Layer("fp4", FP16, factors=FP16),
+    "bf16": Layer(None, BF16),
+    "bf16 adapters": Layer(None, BF16, factors=BF16),
     "nf4 bf16 un-nested": Layer("nf4", BF16, nested=False),
     "nf4 bf16 adapters in fp32": Layer("nf4", BF16, factors=torch.float32),
     "nf4 bf16 adapters in halves, dropout": Layer("nf4", BF16, factors=BF16, dropout=0.05, halves=2),
@@ -119,11 +122,13 @@ class Compiler:
 
 
 def blocks(kernel, args) -> dict:
-    """The arguments that say which tile this is."""
+    """The arguments that say which tile this is; of linear, whether it takes a run of the experts."""
     named = {param.name: arg for param, arg in zip(kernel.params, args)}
     record = {name: arg for name, arg in named.items() if re.fullmatch(r"BLOCK_[A-Z]|ROWS|N|K|I|H", name)}
     if "FORMAT" in named:
         record["way"] = named["FORMAT"][0] if named["FORMAT"] else "dense"
+    if kernel.__name__ == "_linear_kernel":
+        record["run"] = named["offsets"] is not None
     return record
 
 
@@ -179,7 +184,7 @@ def run_layer(layer: Layer, projection: ModuleType, experts: ModuleType, options
     """Forward alone, forward and backward, and forward again by gradient checkpointing, at each number of rows."""
     hidden, width, top_k = options.hidden, options.intermediate, options.top_k
     gate_up, down = (
-        projection.Projection(packed(layer, projection, *shape), adapter(layer, projection, *shape, halves))
+        projection.Projection(stack(layer, projection, *shape), adapter(layer, projection, *shape, halves))
         for *shape, halves in ((options.experts, 2 * width, hidden, layer.halves), (options.experts, hidden, width, 1))
     )
     wanted = projection.Gradients(True, True, False, False, *[layer.factors is not None] * 4)
@@ -194,8 +199,10 @@ def run_layer(layer: Layer, projection: ModuleType, experts: ModuleType, options
         experts.experts_backward(x, *inputs, tuple(saved), "silu", wanted)
 
 
-def packed(layer: Layer, projection: ModuleType, experts: int, n: int, k: int):
-    """A stack of whatever memory holds: nothing reads it."""
+def stack(layer: Layer, projection: ModuleType, experts: int, n: int, k: int):
+    """Of whatever memory holds: nothing reads it."""
+    if layer.quant_type is None:
+        return torch.empty(experts, n, k, dtype=layer.dtype)
     size = experts * n * k
     data, code = torch.empty(size // 2, dtype=torch.uint8), torch.empty(16)
     if layer.nested:

@@ -1,10 +1,12 @@
 """The report on absent cards: every kernel is compiled for them, fits, and leaves no register hazard."""
 
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import compile_report
@@ -108,6 +110,33 @@ def test_the_registers_that_instructions_write(instruction, first, count):
 )
 def test_what_the_report_fails_on(arch, record, fails):
     assert compile_report.fails(arch, record) == fails
+
+
+def linear_products(kernel_dir: Path) -> set[tuple]:
+    """What the report would compile, in a process that this does not change: of dense weights, decoded or not, each
+    layer's (name, whether of a run of experts, W_ROWS, whether with adapters)."""
+    found = set()
+
+    class Noting(compile_report.Compiler):
+        def __call__(self, kernel, grid, num_warps, num_stages, pointers, counts, *constants, fp_fusion=True):
+            named = dict(zip([param.name for param in kernel.params], (*pointers, *counts, *constants)))
+            if kernel.__name__ == "_linear_kernel" and named["FORMAT"] is None:
+                found.add((self.layer, named["offsets"] is not None, named["W_ROWS"], named["LORA"] is not None))
+
+    compile_report.Compiler = Noting
+    compile_report.compile_card(90, compile_report.parse(["--kernel", str(kernel_dir)]))
+    return found
+
+
+def test_products_of_all_experts_and_of_runs_of_them_are_compiled(kernel_dir):
+    """Both ways round. In runs are the decoded experts of each layer in 4 bit."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(linear_products, kernel_dir).result()
+    assert found == {
+        (name, layer.quant_type is not None, w_rows, layer.factors is not None)
+        for name, layer in compile_report.LAYERS.items()
+        for w_rows in (True, False)
+    }
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ class Product:
         m_sizes -= torch.bincount(self.expert[40:], minlength=E).int()
         self.expert[40:] = E
         self.offsets, self.tiles = launchers.tile_table(m_sizes, 44, 16, rest=-1)
+        self.tiles[self.tiles[:, 0] < 0, 1:] = torch.tensor([40, 44], dtype=torch.int32)  # in vain, without an expert
 
     def of(self, run: range, cols: slice = slice(0, N), transposed: bool = False, scatter=None):
         """The product, in memory that held NaN, and how many programs computed it. In memory, other experts' matrices
