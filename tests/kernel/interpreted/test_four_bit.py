@@ -44,17 +44,17 @@ def test_decoded_in_the_products(triton_kernel, way, problem, quantization, dtyp
 @pytest.mark.parametrize("imbalance", ["some_skipped", "one_takes_all"])
 @pytest.mark.parametrize(
     ("experts_at_a_time", "gate_up", "down"),
-    [(1, [1] * 5, [2, 2, 1]), (2, [2, 2, 1], [3, 2]), (4, [3, 2], [5]), (5, [5], [5])],
+    [(0, [1] * 5, [1] * 5), (1, [1] * 5, [2, 2, 1]), (2, [2, 2, 1], [3, 2]), (4, [3, 2], [5]), (5, [5], [5])],
     ids=str,
 )
 def test_decoded_first_some_experts_at_a_time(
     triton_kernel, way, monkeypatch, experts_at_a_time, gate_up, down, imbalance
 ):  # fmt: skip
-    """In runs as few and as even as the scratch memory of the plan allows, of down twice as many experts, in no more
-    memory than the longest takes: no result here is large enough to serve as that. One expert's rows may be more than a
-    run's share, and the programs' of a launch more than one tile each."""
+    """In runs as few and as even as the scratch memory of the plan allows, of down twice as many experts, but of one at
+    least; in no more memory than the longest takes: no result here is large enough to serve as that. One expert's rows
+    may be more than a run's share, and the programs' of a launch more than one tile each."""
     way("dequantize")
-    problem = Problem(T=38, k=2, E=5, H=64, I=64, imbalance=imbalance)
+    problem = Problem(T=31, k=2, E=5, H=64, I=64, imbalance=imbalance)
     regime, experts = (importlib.import_module(f"{triton_kernel.__name__}.{f}") for f in ("regime", "kernels.experts"))
     scratch, runs = experts_at_a_time * 2 * problem.I * problem.H * 4, []
 
@@ -73,21 +73,23 @@ def test_decoded_first_some_experts_at_a_time(
 
 
 def test_decoded_first_into_a_result_that_is_not_written_yet(triton_kernel, way, monkeypatch):
-    """One that holds more experts than the scratch, and that no product writes to while it is read."""
+    """One that holds more experts than the scratch, and that no product writes to while it is read: the slots of the
+    second product, 7168 numbers, while the first is computed."""
     way("dequantize")
     regime, experts = (importlib.import_module(f"{triton_kernel.__name__}.{f}") for f in ("regime", "kernels.experts"))
-    problem = Problem(T=48, k=4, E=5, H=32, I=32)
-    held = []
+    problem = Problem(T=56, k=4, E=5, H=32, I=32)
+    runs = []
 
     def recorded(weight, first, out, m_sizes):
-        held.append(out.shape[0])
+        runs.append((out.shape[0], out.untyped_storage().nbytes() >= 4 * 7168))
         dequantize_experts(weight, first, out, m_sizes)
 
     dequantize_experts = experts.dequantize_experts
     monkeypatch.setattr(experts, "dequantize_experts", recorded)
     monkeypatch.setattr(regime, "LARGE_SCRATCH", 2 * problem.I * problem.H * 4)  # one matrix of gate and up
     assert_adapted_experts_agree(triton_kernel, problem, "cpu", torch.float32, Quantization())
-    assert max(held) > 2
+    forward = [(3, True), (2, True), (2, False), (2, False), (1, False)]
+    assert runs == [*forward, (5, True), *[(1, False)] * 5]
 
 
 @settings(max_examples=6)
