@@ -77,7 +77,7 @@ def test_a_row_gives_its_eight_weights_in_order(nibbles, quant_type, dtype):
     table, bits = nibbles.table_words(quant_type, dtype)[0::2], bits_of(nibbles, quant_type, dtype)
     text = nibbles.decode_row(quant_type, dtype)
     for word in words():
-        got = emulate(text, 4, [word, ONE[dtype], 0, *table], DTYPES[dtype])
+        got = emulate(text, 4, [word, ONE[dtype], *table], DTYPES[dtype])
         want = [bits[nibble(word, 2 * i)] | bits[nibble(word, 2 * i + 1)] << 16 for i in range(4)]
         assert [close_zero(x) for x in got] == [close_zero(x) for x in want], hex(word)
 
@@ -88,7 +88,7 @@ def test_two_rows_give_their_weights_in_pairs(nibbles, quant_type, dtype, size):
     table, bits = nibbles.table_words(quant_type, dtype)[0::2], bits_of(nibbles, quant_type, dtype)
     text = nibbles.decode_two_rows(quant_type, dtype, size)
     for first, second in zip(words(), reversed(words())):
-        got = emulate(text, size // 4, [first, second, ONE[dtype], 0, *table], DTYPES[dtype])
+        got = emulate(text, size // 4, [first, second, ONE[dtype], *table], DTYPES[dtype])
         want = [bits[nibble(first, k)] | bits[nibble(second, k)] << 16 for k in range(size // 4)]
         assert [close_zero(x) for x in got] == [close_zero(x) for x in want], (hex(first), hex(second))
 
@@ -103,18 +103,29 @@ def test_exact_codes_are_those_of_the_codebook_bit_for_bit(nibbles, quant_type):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_scale_in_two_numbers_leaves_only_the_rounding_of_the_result(nibbles, dtype):
-    """Half a unit in the last place; a scale of one 16-bit number would add as much."""
+def test_a_scale_leaves_only_the_rounding_of_the_result(nibbles, dtype):
+    """Half a unit in the last place."""
     table, kind = nibbles.table_words("nf4", dtype)[0::2], DTYPES[dtype]
     code = torch.tensor(bits_of(nibbles, "nf4", dtype), dtype=torch.int32).to(torch.uint16).view(kind).double()
-    for scale in torch.rand(50, dtype=torch.float64) + 0.1:
-        high = scale.to(kind)
-        pairs = [torch.stack((x, x)).view(torch.int32).item() for x in (high, (scale - high.double()).to(kind))]
-        pairs = [pair & 0xFFFFFFFF for pair in pairs]
-        got = emulate(nibbles.decode_row("nf4", dtype), 4, [0x89ABCDEF, *pairs, *table], kind)
+    for scale in (torch.rand(50) + 0.1).to(kind):
+        pair = torch.stack((scale, scale)).view(torch.int32).item() & 0xFFFFFFFF
+        got = emulate(nibbles.decode_row("nf4", dtype), 4, [0x89ABCDEF, pair, *table], kind)
         got = torch.tensor(got).to(torch.uint32).view(kind).double()
-        want = code[[nibble(0x89ABCDEF, k) for k in range(8)]] * scale
-        assert ((got - want).abs() <= 0.52 * torch.finfo(kind).eps * want.abs()).all()
+        want = code[[nibble(0x89ABCDEF, k) for k in range(8)]] * scale.double()
+        assert ((got - want).abs() <= 0.5 * torch.finfo(kind).eps * want.abs()).all()
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_each_row_of_two_has_its_own_scale(nibbles, size):
+    table, bits = nibbles.table_words("nf4", "bf16")[0::2], bits_of(nibbles, "nf4", "bf16")
+    text = nibbles.decode_two_rows("nf4", "bf16", size)
+    one_and_two = 0x4000_3F80  # {1.0, 2.0}
+    for first, second in zip(words(), reversed(words())):
+        got = emulate(text, size // 4, [first, second, one_and_two, *table])
+        low, high = ([bits[nibble(word, k)] for k in range(size // 4)] for word in (first, second))
+        doubled = [word + 0x80 if word & 0x7FFF else word for word in high]  # the next exponent
+        want = [a | b << 16 for a, b in zip(low, doubled)]
+        assert [close_zero(x) for x in got] == [close_zero(x) for x in want], (hex(first), hex(second))
 
 
 def test_the_factor_halves_the_rounding_of_nf4_in_bf16(nibbles):

@@ -14,8 +14,8 @@ Decoding costs as much as multiplying, so this file spends as few instructions o
    H100).
 4. Backward needs w^T, whose packed dimension is the output. Nibbles of rows n and n + 1 are paired, looked up together
    and come out as the pair along n that the operand wants; the permutation is then one of the output's columns.
-5. ``absmax`` is prepared once a call by ``fast_weights``: decoded, divided by the codebook's FACTOR and split into two
-   16-bit numbers, high + low. code * high + code * low in two fused multiply-adds has the error of an fp32 scale.
+5. ``absmax`` is prepared once a call by ``fast_weights``: decoded, divided by the codebook's FACTOR and rounded to 16
+   bit, so that a pair of weights takes one multiplication. A scale of two numbers, high + low, would take two.
 
 On Hopper, ``_settle`` waits for the product before the next decode may overwrite its registers, which Triton forgets
 (triton-lang/triton#9433).
@@ -37,14 +37,14 @@ from .nibbles import FACTORS, decode_row, decode_two_rows, even_words
 Tensor = torch.Tensor
 
 SCALED_BLOCK = 64  # weights per prepared scale, whatever the stack's own blocksize
-TABLE = tl.constexpr(256)
 
 
 class FastPointers(NamedTuple):
-    """What a kernel takes: packed uint8, read in words of 32 or 16 bits; scales int32, of which the first TABLE are the
-    even words of ``nibbles.table_words``, (4, 64) with a copy for each lane, and the others scales (E, K / 64, N)."""
+    """What a kernel takes: packed uint8, read in words of 32 or 16 bits; table int32, the even words of
+    ``nibbles.table_words``, (4, 64) with a copy for each lane; scales (E, K / 64, N), 16-bit numbers' bits."""
 
     packed: Tensor
+    table: Tensor
     scales: Tensor
 
 
@@ -59,6 +59,12 @@ def _table(table, word: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
 def _pairs(word):
     """int32 {low, high} -> (..., 2) 16-bit numbers' bits."""
     return tl.join((word & 0xFFFF).to(tl.uint16), ((word >> 16) & 0xFFFF).to(tl.uint16))
+
+
+@triton.jit
+def _pair(low, high):
+    """Two 16-bit numbers' bits as int32 {low, high}, one scale for each of two weights."""
+    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
 
 
 @triton.jit
@@ -106,23 +112,22 @@ def accumulate_rows(
     """
     WORDS: tl.constexpr = BLOCK_K // 8
     RUNS: tl.constexpr = BLOCK_K // 64
-    t0, t1 = _table(w.scales, 0, COLS, WORDS), _table(w.scales, 1, COLS, WORDS)
-    t2, t3 = _table(w.scales, 2, COLS, WORDS), _table(w.scales, 3, COLS, WORDS)
+    t0, t1 = _table(w.table, 0, COLS, WORDS), _table(w.table, 1, COLS, WORDS)
+    t2, t3 = _table(w.table, 2, COLS, WORDS), _table(w.table, 3, COLS, WORDS)
     place = tl.arange(0, BLOCK_K) if FORMAT[3] else column_at(tl.arange(0, BLOCK_K))
     a_tile = a + rows.to(tl.int64)[:, None] * stride_am + place[None, :] * stride_ak
     row = expert.to(tl.int64) * N + cols
     words = w.packed.to(tl.pointer_type(tl.int32), bitcast=True)
     q_tile = words + row[:, None] * (K // 8) + tl.arange(0, WORDS)[None, :]
-    s_tile = w.scales + TABLE + (expert.to(tl.int64) * (K // 64) + tl.arange(0, RUNS))[None, :] * N + cols[:, None]
+    s_tile = w.scales + (expert.to(tl.int64) * (K // 64) + tl.arange(0, RUNS))[None, :] * N + cols[:, None]
     acc = tl.zeros((COLS, BLOCK_M), tl.float32)
     for first in range(0, K, BLOCK_K):
         x = tl.load(a_tile)
         q = tl.load(q_tile)
         s = tl.load(s_tile)
-        high = _spread((s & 0xFFFF) | (s << 16), COLS, RUNS, WORDS)
-        low = _spread(((s >> 16) & 0xFFFF) | (s & -65536), COLS, RUNS, WORDS)
+        scales = _spread(_pair(s, s), COLS, RUNS, WORDS)
         w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            FORMAT[1], "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r", [q, high, low, t0, t1, t2, t3],
+            FORMAT[1], "=&r,=&r,=&r,=&r,r,r,r,r,r,r", [q, scales, t0, t1, t2, t3],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
         y = _pairs(tl.join(tl.join(w0, w2), tl.join(w1, w3)))
@@ -157,25 +162,24 @@ def accumulate_columns(
     NIBBLES: tl.constexpr = BITS // 4
     WORDS: tl.constexpr = COLS // NIBBLES
     RUNS: tl.constexpr = COLS // 64
-    t0, t1 = _table(w.scales, 0, BLOCK_K // 2, WORDS), _table(w.scales, 1, BLOCK_K // 2, WORDS)
-    t2, t3 = _table(w.scales, 2, BLOCK_K // 2, WORDS), _table(w.scales, 3, BLOCK_K // 2, WORDS)
+    t0, t1 = _table(w.table, 0, BLOCK_K // 2, WORDS), _table(w.table, 1, BLOCK_K // 2, WORDS)
+    t2, t3 = _table(w.table, 2, BLOCK_K // 2, WORDS), _table(w.table, 3, BLOCK_K // 2, WORDS)
     k = tl.arange(0, BLOCK_K)
     a_tile = a + rows.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
     words = w.packed.to(tl.pointer_type(tl.int32 if BITS == 32 else tl.int16), bitcast=True)
     q_tile = words + (expert.to(tl.int64) * K + k)[:, None] * (N // NIBBLES) + col // NIBBLES
     q_tile += tl.arange(0, WORDS)[None, :]
-    s_tile = w.scales + TABLE + (expert.to(tl.int64) * (N // 64) + col // 64 + tl.arange(0, RUNS))[None, :] * K
+    s_tile = w.scales + (expert.to(tl.int64) * (N // 64) + col // 64 + tl.arange(0, RUNS))[None, :] * K
     s_tile += k[:, None]
     acc = tl.zeros((COLS, BLOCK_M), tl.float32)
     for first in range(0, K, BLOCK_K):
         x = tl.load(a_tile)
         q0, q1 = _even_odd(tl.load(q_tile), BLOCK_K, WORDS)
         s0, s1 = _even_odd(tl.load(s_tile), BLOCK_K, RUNS)
-        high = _spread((s0 & 0xFFFF) | (s1 << 16), BLOCK_K // 2, RUNS, WORDS)
-        low = _spread(((s0 >> 16) & 0xFFFF) | (s1 & -65536), BLOCK_K // 2, RUNS, WORDS)
+        scales = _spread(_pair(s0, s1), BLOCK_K // 2, RUNS, WORDS)
         if BITS == 32:
             w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
-                FORMAT[1], "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r", [q0, q1, high, low, t0, t1, t2, t3],
+                FORMAT[1], "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r", [q0, q1, scales, t0, t1, t2, t3],
                 dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
                 is_pure=True, pack=1,
             )  # fmt: skip
@@ -184,8 +188,8 @@ def accumulate_columns(
             y = tl.permute(y, (3, 4, 1, 5, 2, 0, 6))
         else:
             w0, w1, w2, w3 = tl.inline_asm_elementwise(
-                FORMAT[1], "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r",
-                [q0.to(tl.int32), q1.to(tl.int32), high, low, t0, t1, t2, t3],
+                FORMAT[1], "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r",
+                [q0.to(tl.int32), q1.to(tl.int32), scales, t0, t1, t2, t3],
                 dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
             )  # fmt: skip
             y = tl.reshape(_pairs(tl.join(tl.join(w0, w2), tl.join(w1, w3))), (BLOCK_K // 2, WORDS // 8, 8, 2, 2, 2))
@@ -233,14 +237,14 @@ def permuted(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _pack_stack(w, scales, m_sizes, STACK: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr):
+def _pack_stack(w, table, scales, m_sizes, STACK: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr):
     """STACK holds N, K, FACTOR, blocksize, nested blocksize, the least power of two of at least K / 64, table words."""
     N: tl.constexpr = STACK[0]
     K: tl.constexpr = STACK[1]
     expert = tl.program_id(1)
     if (tl.program_id(0) == 0) & (expert == 0):
         for i in tl.static_range(4):
-            tl.store(scales + i * 64 + tl.arange(0, 64), tl.full((64,), STACK[6 + i], tl.int32))
+            tl.store(table + i * 64 + tl.arange(0, 64), tl.full((64,), STACK[6 + i], tl.int32))
     if tl.load(m_sizes + expert) > 0:
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         run = tl.arange(0, STACK[5])[None, :]
@@ -250,33 +254,32 @@ def _pack_stack(w, scales, m_sizes, STACK: tl.constexpr, DTYPE: tl.constexpr, RO
         scale = absmax_of(w, ((expert.to(tl.int64) * N + row) * K + run * 64) // STACK[3], STACK[4])
         scale /= STACK[2]
         dtype: tl.constexpr = tl.bfloat16 if DTYPE == "bf16" else tl.float16
-        high = scale.to(dtype)
-        low = (scale - high.to(tl.float32)).to(dtype)
-        word = high.to(tl.uint16, bitcast=True).to(tl.int32) | low.to(tl.uint16, bitcast=True).to(tl.int32) << 16
-        tl.store(scales + TABLE + (expert.to(tl.int64) * (K // 64) + run) * N + row, word, mask=inside)
+        bits = scale.to(dtype).to(tl.int16, bitcast=True)
+        tl.store(scales + (expert.to(tl.int64) * (K // 64) + run) * N + row, bits, mask=inside)
 
 
 @triton.jit
 def _pack_scales_kernel(
     # pointers
-    w0, scales0, w1, scales1, m_sizes,
+    w0, table0, scales0, w1, table1, scales1, m_sizes,
     # meta
     STACKS: tl.constexpr, STACK0: tl.constexpr, STACK1: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(N, ROWS), E, STACKS): fills the ``scales`` of ``FastPointers`` for one stack or for two.
+    """Grid (cdiv(N, ROWS), E, STACKS): fills ``table`` and ``scales`` of ``FastPointers`` for one stack or for two.
 
-    Two 16-bit numbers are kept of which the sum is absmax / FACTOR. Experts without rows are left out.
+    A scale is absmax / FACTOR. Experts without rows are left out.
     """
     if tl.program_id(2) == 0:
-        _pack_stack(w0, scales0, m_sizes, STACK0, DTYPE, ROWS)
+        _pack_stack(w0, table0, scales0, m_sizes, STACK0, DTYPE, ROWS)
     elif STACKS == 2:
-        _pack_stack(w1, scales1, m_sizes, STACK1, DTYPE, ROWS)
+        _pack_stack(w1, table1, scales1, m_sizes, STACK1, DTYPE, ROWS)
 
 
 class FastWeight(NamedTuple):
     """A stack (E, N, K) ready for ``accumulate_rows`` and ``accumulate_columns``; only the experts that have rows."""
 
     packed: Tensor
+    table: Tensor
     scales: Tensor
     shape: Tuple[int, int, int]
     quant_type: str
@@ -291,7 +294,7 @@ class FastWeight(NamedTuple):
             if transposed
             else decode_row(self.quant_type, self.dtype)
         )
-        return FastPointers(self.packed, self.scales), ("fast", decode, bits, self.permuted)
+        return FastPointers(self.packed, self.table, self.scales), ("fast", decode, bits, self.permuted)
 
 
 def fast_weights(
@@ -308,16 +311,16 @@ def fast_weights(
         if isinstance(weight, FourBitWeight):
             experts, n, k = weight.shape
             runs = k // SCALED_BLOCK
-            scales = m_sizes.new_empty(TABLE.value + experts * runs * n)
-            pointers += [FourBitPointers(*weight[:6]), scales]
+            table, scales = m_sizes.new_empty(4 * 64), m_sizes.new_empty(experts * runs * n, dtype=torch.int16)
+            pointers += [FourBitPointers(*weight[:6]), table, scales]
             stack = (n, k, FACTORS[weight.quant_type], weight.blocksize, weight.nested_blocksize, next_power_of_2(runs))
             stacks.append((*stack, *even_words(weight.quant_type, name)))
-            weight = FastWeight(weight.packed, scales, weight.shape, weight.quant_type, name, permuted)
+            weight = FastWeight(weight.packed, table, scales, weight.shape, weight.quant_type, name, permuted)
         prepared.append(weight)
     if stacks:
         rows, count = 64, len(stacks)
         grid = (cdiv(max([stack[0] for stack in stacks]), rows), m_sizes.shape[0], count)
         if count == 1:
-            pointers, stacks = [*pointers, None, None], [*stacks, None]
+            pointers, stacks = [*pointers, None, None, None], [*stacks, None]
         launch(_pack_scales_kernel, grid, 4, 1, (*pointers, m_sizes), (), count, *stacks, name, rows)
     return prepared

@@ -61,12 +61,10 @@ class _Assembly:
             self.lines += [f"prmt.b32 a, {w0}, {w1}, m", f"prmt.b32 b, {w2}, {w3}, m", f"prmt.b32 p{plane}, a, b, s"]
         self.lines += ["shr.u32 m, m, 16", "shr.u32 s, s, 16"]
 
-    def scale(self, results: int, pair: str, high: str, low: str) -> None:
-        """Multiplies all results by high + low. Adding -0.0 makes the first step a product, an instruction that sm_80
-        lacks for bf16."""
+    def scale(self, results: int, pair: str, scales: str) -> None:
+        """Multiplies all results. Adding -0.0 makes it a product, an instruction that sm_80 lacks for bf16."""
         self.lines += ["mov.b32 z, 0x80008000"]
-        for i in range(results):
-            self.lines += [f"fma.rn.{pair} a, ${i}, {low}, z", f"fma.rn.{pair} ${i}, ${i}, {high}, a"]
+        self.lines += [f"fma.rn.{pair} ${i}, ${i}, {scales}, z" for i in range(results)]
 
     def __str__(self) -> str:
         return "{\n" + "".join(f"{line};\n" for line in self.lines) + "}"
@@ -85,36 +83,36 @@ _PAIRS = {"bf16": "bf16x2", "fp16": "f16x2"}
 
 @functools.cache
 def decode_row(quant_type: str, dtype: str) -> str:
-    """The word $4, eight nibbles along k -> $0..$3, pairs {k, k + 1}, times $5 + $6; $7..$10 even words of the table.
+    """The word $4, eight nibbles along k -> $0..$3, pairs {k, k + 1}, times $5; $6..$9 even words of the table.
 
     The even weight is in the high nibble, so the planes hold weights 1, 0, 3, 2 of four.
     """
-    assembly = _Assembly(_half_in_registers(quant_type, dtype, 7))
+    assembly = _Assembly(_half_in_registers(quant_type, dtype, 6))
     assembly.select("$4")
     for half in (0, 2):
         assembly.look_up()
         assembly.lines += [f"prmt.b32 ${half}, p0, p1, 0x4051", f"prmt.b32 ${half + 1}, p0, p1, 0x6273"]
-    assembly.scale(4, _PAIRS[dtype], "$5", "$6")
+    assembly.scale(4, _PAIRS[dtype], "$5")
     return str(assembly)
 
 
 @functools.cache
 def decode_two_rows(quant_type: str, dtype: str, bits: int) -> str:
     """Words of ``bits`` bits of rows n and n + 1, nibbles along k -> pairs {w[n, k], w[n + 1, k]}, one a result, times
-    the pair of scales high + low; inputs are the two words, high, low and the table's even words.
+    the pair of their scales; inputs are the two words, that pair and the table's even words.
 
     The rows' bytes are interleaved first, so that one lookup serves both.
     """
     results = bits // 4
-    first, second, high, low = (f"${results + i}" for i in range(4))
-    assembly = _Assembly(_half_in_registers(quant_type, dtype, results + 4))
+    first, second, scales = (f"${results + i}" for i in range(3))
+    assembly = _Assembly(_half_in_registers(quant_type, dtype, results + 3))
     for i in range(0, results, 2):
         if i % 4 == 0:
             assembly.lines += [f"prmt.b32 x, {first}, {second}, {('0x5140', '0x7362')[i // 4]}"]
             assembly.select("x")
         assembly.look_up()
         assembly.lines += [f"prmt.b32 ${i}, p0, p1, 0x7351", f"prmt.b32 ${i + 1}, p0, p1, 0x6240"]
-    assembly.scale(results, _PAIRS[dtype], high, low)
+    assembly.scale(results, _PAIRS[dtype], scales)
     return str(assembly)
 
 
