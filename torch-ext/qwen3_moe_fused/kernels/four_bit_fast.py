@@ -62,12 +62,6 @@ def _pairs(word):
 
 
 @triton.jit
-def _pair(low, high):
-    """Two 16-bit numbers' bits as int32 {low, high}, one scale for each of two weights."""
-    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
-
-
-@triton.jit
 def _settle(step):
     """Waits for the product in flight, see the module."""
     if cuda_capability_geq(9, 0):
@@ -119,13 +113,15 @@ def accumulate_rows(
     row = expert.to(tl.int64) * N + cols
     words = w.packed.to(tl.pointer_type(tl.int32), bitcast=True)
     q_tile = words + row[:, None] * (K // 8) + tl.arange(0, WORDS)[None, :]
-    s_tile = w.scales + (expert.to(tl.int64) * (K // 64) + tl.arange(0, RUNS))[None, :] * N + cols[:, None]
+    pairs = w.scales.to(tl.pointer_type(tl.int32), bitcast=True)  # of neighbours: what is copied ahead has 4 bytes
+    s_tile = pairs + (expert.to(tl.int64) * (K // 64) + tl.arange(0, RUNS))[None, :] * (N // 2) + cols[:, None] // 2
+    half = cols[:, None] % 2 * 16
     acc = tl.zeros((COLS, BLOCK_M), tl.float32)
     for first in range(0, K, BLOCK_K):
         x = tl.load(a_tile)
         q = tl.load(q_tile)
-        s = tl.load(s_tile)
-        scales = _spread(_pair(s, s), COLS, RUNS, WORDS)
+        s = tl.load(s_tile) >> half
+        scales = _spread((s & 0xFFFF) | (s << 16), COLS, RUNS, WORDS)
         w0, w1, w2, w3 = tl.inline_asm_elementwise(
             FORMAT[1], "=&r,=&r,=&r,=&r,r,r,r,r,r,r", [q, scales, t0, t1, t2, t3],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
@@ -136,7 +132,7 @@ def accumulate_rows(
         _settle(first)
         a_tile += BLOCK_K * stride_ak
         q_tile += WORDS
-        s_tile += RUNS * N
+        s_tile += RUNS * (N // 2)
     return acc.T
 
 
@@ -169,14 +165,14 @@ def accumulate_columns(
     words = w.packed.to(tl.pointer_type(tl.int32 if BITS == 32 else tl.int16), bitcast=True)
     q_tile = words + (expert.to(tl.int64) * K + k)[:, None] * (N // NIBBLES) + col // NIBBLES
     q_tile += tl.arange(0, WORDS)[None, :]
-    s_tile = w.scales + (expert.to(tl.int64) * (N // 64) + col // 64 + tl.arange(0, RUNS))[None, :] * K
-    s_tile += k[:, None]
+    pairs = w.scales.to(tl.pointer_type(tl.int32), bitcast=True)
+    s_tile = pairs + (expert.to(tl.int64) * (N // 64) + col // 64 + tl.arange(0, RUNS))[None, :] * (K // 2)
+    s_tile += tl.arange(0, BLOCK_K // 2)[:, None]
     acc = tl.zeros((COLS, BLOCK_M), tl.float32)
     for first in range(0, K, BLOCK_K):
         x = tl.load(a_tile)
         q0, q1 = _even_odd(tl.load(q_tile), BLOCK_K, WORDS)
-        s0, s1 = _even_odd(tl.load(s_tile), BLOCK_K, RUNS)
-        scales = _spread(_pair(s0, s1), BLOCK_K // 2, RUNS, WORDS)
+        scales = _spread(tl.load(s_tile), BLOCK_K // 2, RUNS, WORDS)
         if BITS == 32:
             w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
                 FORMAT[1], "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r", [q0, q1, scales, t0, t1, t2, t3],
@@ -198,7 +194,7 @@ def accumulate_columns(
         _settle(first)
         a_tile += BLOCK_K * stride_ak
         q_tile += BLOCK_K * (N // NIBBLES)
-        s_tile += BLOCK_K
+        s_tile += BLOCK_K // 2
     if BITS == 32:  # rows of acc back to columns in order
         out = tl.permute(tl.reshape(acc, (2, 2, WORDS // 8, 2, 8, BLOCK_M)), (5, 2, 4, 0, 1, 3))
     else:
