@@ -106,12 +106,14 @@ def test_odd_linear_with_any_number_of_rows(kernel, rows, imbalance, seed):
 
 @pytest.mark.kernels_ci
 @pytest.mark.parametrize("imbalance", BALANCES + SKIPPING)
-@pytest.mark.parametrize("tokens", [1, 4096])
-def test_the_routing_table_is_right_to_the_last_integer(kernel, tokens, imbalance):
-    index = replace(real(tokens), imbalance=imbalance).draw_index("cuda")
+@pytest.mark.parametrize(
+    ("tokens", "experts"), [(1, 128), (1024, 128), (1025, 128), (20000, 128), (4096, 8), (3001, 500)]
+)
+def test_the_routing_table_is_right_to_the_last_integer(kernel, tokens, experts, imbalance):
+    index = replace(real(tokens), E=experts, imbalance=imbalance).draw_index("cuda")
     with poisoned_memory("cuda"):
-        table = kernel.routing(index, 128)
-    assert_table_holds(table, index, 128, 128)
+        table = kernel.routing(index, experts)
+    assert_table_holds(table, index, experts, 128)
 
 
 @pytest.mark.parametrize("stray", [-1, 8, 2**31, 2**32, -(2**40)])

@@ -1,5 +1,6 @@
 """The routing launchers: integers, so they must be right to the last one."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,22 @@ from hypothesis import strategies as st
 from ..poison import poisoned_memory
 from ..problems import BALANCES, LAYOUTS, SKIPPING, Problem, lay_out
 from ..tables import assert_table_holds, assert_tiles_cover
+
+LAUNCHES = {  # slots above which there are two, and how many counts a program of the second adds up
+    "one launch": (2**31, 2**14),
+    "two launches": (0, 2**14),
+    "two launches, few chunks": (0, 64),
+}
+
+
+@pytest.fixture(scope="module", params=LAUNCHES.values(), ids=LAUNCHES, autouse=True)
+def launches(request, kernel):
+    """Few slots in the launches of many, and many in that of few."""
+    routing = importlib.import_module(f"{kernel.__name__}.kernels.routing")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in zip(("MANY_SLOTS", "COUNTS"), request.param, strict=True):
+            patch.setattr(routing, name, value)
+        yield
 
 
 @pytest.mark.parametrize("imbalance", BALANCES + SKIPPING)

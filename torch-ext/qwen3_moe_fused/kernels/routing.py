@@ -1,8 +1,14 @@
-"""Routing: a stable counting sort of the slots by expert, and the tile table, in one launch.
+"""Routing: a stable counting sort of the slots by expert, and the tile table.
 
-One program per expert. Each reads all S ids twice: once to count the slots before and of its own expert, once to
-write them down. It needs nothing from its neighbours, so there is no second launch, no atomic and no order that
-could change between runs; the ids stay in L2, so that the E readings cost less than a launch.
+Few slots take one launch, a program per expert. Each reads all S ids twice: once to count the slots before and of its
+own expert, once to write them down. It needs nothing from its neighbours, so there is no second launch; the ids stay
+in L2, so that the E readings cost less than a launch, as long as they are few.
+
+Many slots take two launches, in which every id is read once: cut into chunks, a program each, they are counted by
+expert first. Then each program adds up the counts of all chunks, which tell where an expert's rows start, and of those
+before its own, which tell at which of them it goes on.
+
+Either way there are no atomics, and no order that could change between runs.
 
 The table needs no neighbours either: tiles of expert e start at entry ``offsets[e] // block_m + e``. Since
 ``ceil(n / b) <= (o + n) // b - o // b + 1``, the runs of entries never overlap, and at most one entry stays
@@ -19,6 +25,12 @@ from ..tiling import cdiv, next_power_of_2
 from .launch import launch
 
 Tensor = torch.Tensor
+
+MANY_SLOTS = 8192
+"""Slots above which two launches take less time than one."""
+COUNTS = 2**14
+"""How many a program adds up: of 128 chunks for 128 experts."""
+BLOCK = 128
 
 
 @triton.jit
@@ -87,6 +99,74 @@ def _routing_kernel(
         row += tl.sum(hit, 1)
 
 
+@triton.jit(do_not_specialize=["slots", "chunk"])
+def _count_kernel(
+    # pointers
+    ids, counts,
+    # sizes
+    slots, chunk, E: tl.constexpr,
+    # meta
+    BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (chunks,): counts (chunks, E), of how many of a chunk's ids (S,) each expert is."""
+    first = tl.program_id(0) * chunk
+    stop = tl.minimum(first + chunk, slots)
+    bins = tl.arange(0, BINS)
+    found = tl.zeros((BINS,), tl.int32)
+    for at in range(first, stop, BLOCK):
+        experts = _load_experts(ids, at + tl.arange(0, BLOCK), stop, E)
+        found += tl.histogram(experts, BINS, mask=experts < E)
+    tl.store(counts + tl.program_id(0) * E + bins, found, mask=bins < E)
+
+
+@triton.jit(do_not_specialize=["slots", "chunk", "capacity", "block_m"])
+def _place_kernel(
+    # pointers
+    ids, counts, order, m_sizes, offsets, tiles,
+    # sizes
+    slots, chunk, capacity, block_m, E: tl.constexpr,
+    # meta
+    CHUNKS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (chunks,), at most CHUNKS: writes the rows of a chunk's slots, and the tiles of every chunks-th expert.
+
+    Within BLOCK slots, a slot's rank is how many of those before it are of the same expert.
+    """
+    program = tl.program_id(0)
+    chunks = tl.num_programs(0)
+    bins = tl.arange(0, BINS)
+    row = tl.arange(0, CHUNKS)[:, None]
+    table = tl.load(counts + row * E + bins[None, :], mask=(row < chunks) & (bins < E)[None, :], other=0)
+    sizes = tl.sum(table, 0)
+    ends = tl.cumsum(sizes, 0)
+    starts = ends - sizes
+    rows = tl.sum(sizes, 0)
+    earlier = tl.sum(tl.where(row < program, table, 0), 0)
+    if program == 0:
+        tl.store(m_sizes + bins, sizes, mask=bins < E)
+        tl.store(offsets + bins, starts, mask=bins < E)
+        tl.store(offsets + E, rows)
+    for expert in range(program, E + 1, chunks):
+        start = tl.where(expert < E, tl.sum(tl.where(bins == expert, starts, 0), 0), rows)
+        end = tl.where(expert < E, tl.sum(tl.where(bins == expert, ends, 0), 0), slots)
+        label = tl.where(expert < E, expert, -1)
+        _write_tiles(tiles, label, expert, start, end, capacity, expert == E, block_m)
+
+    first = program * chunk
+    stop = tl.minimum(first + chunk, slots)
+    step = tl.arange(0, BLOCK)
+    place = starts + earlier
+    skipped = rows + first - tl.sum(earlier, 0)
+    for at in range(first, stop, BLOCK):
+        experts = _load_experts(ids, at + step, stop, E)
+        before = (experts[:, None] == experts[None, :]) & (step[:, None] > step[None, :])
+        goes_on = tl.sum(tl.where(experts[:, None] == bins[None, :], place[None, :], 0), 1)
+        goes_on = tl.where(experts < E, goes_on, skipped)
+        tl.store(order + goes_on + tl.sum(before.to(tl.int32), 1), at + step, mask=at + step < stop)
+        place += tl.histogram(experts, BINS, mask=experts < E)
+        skipped += tl.sum((experts == E).to(tl.int32), 0)
+
+
 @triton.jit(do_not_specialize=["rows", "capacity", "block_m"])
 def _tile_table_kernel(
     # pointers
@@ -118,12 +198,25 @@ def routing(top_k_index: Tensor, num_experts: int, block_m: int) -> Tuple[Tensor
     order, m_sizes, offsets, tiles = (
         ids.new_empty(shape, dtype=torch.int32) for shape in (slots, num_experts, num_experts + 1, (capacity, 3))
     )
-    lanes, step = (128, 16) if slots <= 2048 else (512, 16)
-    segment = cdiv(cdiv(slots, lanes), step) * step
-    launch(
-        _routing_kernel, (num_experts + 1,), lanes // 32, 1,
-        (ids, order, m_sizes, offsets, tiles), (slots, segment, capacity, block_m), num_experts, lanes, step,
-    )  # fmt: skip
+    if slots <= MANY_SLOTS:
+        lanes, step = (128, 16) if slots <= 2048 else (512, 16)
+        segment = cdiv(cdiv(slots, lanes), step) * step
+        launch(
+            _routing_kernel, (num_experts + 1,), lanes // 32, 1,
+            (ids, order, m_sizes, offsets, tiles), (slots, segment, capacity, block_m), num_experts, lanes, step,
+        )  # fmt: skip
+    else:
+        bins = next_power_of_2(num_experts)
+        most, num_warps = max(1, COUNTS // bins), 4 if bins <= 128 else 8
+        chunk = cdiv(cdiv(slots, most), BLOCK) * BLOCK
+        chunks = cdiv(slots, chunk)
+        counts = m_sizes.new_empty(chunks, num_experts)
+        launch(_count_kernel, (chunks,), num_warps, 1, (ids, counts), (slots, chunk), num_experts, bins, BLOCK)
+        launch(
+            _place_kernel, (chunks,), num_warps, 1,
+            (ids, counts, order, m_sizes, offsets, tiles), (slots, chunk, capacity, block_m), num_experts,
+            most, bins, BLOCK,
+        )  # fmt: skip
     return order, m_sizes, offsets, tiles
 
 
