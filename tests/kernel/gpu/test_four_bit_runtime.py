@@ -90,11 +90,11 @@ def before(request, forget) -> Callable[[], None]:
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "forward and backward"])
 @pytest.mark.parametrize(
     ("problem", "path", "scratch"),
-    [(real(4096), "fast", 36), (real(16384), "dequantize", 64), (replace(real(1024), I=704), "dequantize", 511)],
+    [(real(4096), "fast", 18), (real(16384), "dequantize", 64), (replace(real(1024), I=704), "dequantize", 511)],
     ids=repr,
 )
 def test_a_call_peaks_at_its_rows_and_so_many_mib_of_scratch(kernel, plans, before, problem, path, scratch, training):
-    """Of the fast path the decoded scales, 4 bytes for 64 weights; else weights, the more where each has few rows."""
+    """Of the fast path the decoded scales, 2 bytes for 64 weights; else weights, the more where each has few rows."""
     step = Step(kernel, problem, "cuda", BF16, NF4)
     _, peak = memory(step if training else step.inference, before=before)
     assert {plan.path for plan in plans} == {path}
