@@ -28,9 +28,10 @@ Tensor = torch.Tensor
 
 MANY_SLOTS = 8192
 """Slots above which two launches take less time than one."""
+MOST_CHUNKS = 128
 COUNTS = 2**14
-"""How many a program adds up: of 128 chunks for 128 experts."""
-BLOCK = 128
+"""How many of the chunks' counts are in registers at once: those of all chunks, for 128 experts."""
+BLOCK = 64
 
 
 @triton.jit
@@ -126,22 +127,25 @@ def _place_kernel(
     # sizes
     slots, chunk, capacity, block_m, E: tl.constexpr,
     # meta
-    CHUNKS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks,), at most CHUNKS: writes the rows of a chunk's slots, and the tiles of every chunks-th expert.
+    """Grid (chunks,): writes the rows of a chunk's slots, and the tiles of every chunks-th expert.
 
     Within BLOCK slots, a slot's rank is how many of those before it are of the same expert.
     """
     program = tl.program_id(0)
     chunks = tl.num_programs(0)
     bins = tl.arange(0, BINS)
-    row = tl.arange(0, CHUNKS)[:, None]
-    table = tl.load(counts + row * E + bins[None, :], mask=(row < chunks) & (bins < E)[None, :], other=0)
-    sizes = tl.sum(table, 0)
+    sizes = tl.zeros((BINS,), tl.int32)
+    earlier = tl.zeros((BINS,), tl.int32)
+    for at in range(0, chunks, ROWS):
+        row = at + tl.arange(0, ROWS)[:, None]
+        table = tl.load(counts + row * E + bins[None, :], mask=(row < chunks) & (bins < E)[None, :], other=0)
+        sizes += tl.sum(table, 0)
+        earlier += tl.sum(tl.where(row < program, table, 0), 0)
     ends = tl.cumsum(sizes, 0)
     starts = ends - sizes
     rows = tl.sum(sizes, 0)
-    earlier = tl.sum(tl.where(row < program, table, 0), 0)
     if program == 0:
         tl.store(m_sizes + bins, sizes, mask=bins < E)
         tl.store(offsets + bins, starts, mask=bins < E)
@@ -160,7 +164,7 @@ def _place_kernel(
     for at in range(first, stop, BLOCK):
         experts = _load_experts(ids, at + step, stop, E)
         before = (experts[:, None] == experts[None, :]) & (step[:, None] > step[None, :])
-        goes_on = tl.sum(tl.where(experts[:, None] == bins[None, :], place[None, :], 0), 1)
+        goes_on = tl.gather(place, tl.minimum(experts, BINS - 1), 0)
         goes_on = tl.where(experts < E, goes_on, skipped)
         tl.store(order + goes_on + tl.sum(before.to(tl.int32), 1), at + step, mask=at + step < stop)
         place += tl.histogram(experts, BINS, mask=experts < E)
@@ -207,15 +211,14 @@ def routing(top_k_index: Tensor, num_experts: int, block_m: int) -> Tuple[Tensor
         )  # fmt: skip
     else:
         bins = next_power_of_2(num_experts)
-        most, num_warps = max(1, COUNTS // bins), 4 if bins <= 128 else 8
-        chunk = cdiv(cdiv(slots, most), BLOCK) * BLOCK
+        chunk = cdiv(cdiv(slots, MOST_CHUNKS), BLOCK) * BLOCK
         chunks = cdiv(slots, chunk)
         counts = m_sizes.new_empty(chunks, num_experts)
-        launch(_count_kernel, (chunks,), num_warps, 1, (ids, counts), (slots, chunk), num_experts, bins, BLOCK)
+        launch(_count_kernel, (chunks,), 4, 1, (ids, counts), (slots, chunk), num_experts, bins, BLOCK)
         launch(
-            _place_kernel, (chunks,), num_warps, 1,
+            _place_kernel, (chunks,), 4, 1,
             (ids, counts, order, m_sizes, offsets, tiles), (slots, chunk, capacity, block_m), num_experts,
-            most, bins, BLOCK,
+            max(1, min(next_power_of_2(MOST_CHUNKS), COUNTS // bins)), bins, BLOCK,
         )  # fmt: skip
     return order, m_sizes, offsets, tiles
 
