@@ -12,11 +12,11 @@ from ..poison import poisoned_memory
 from ..problems import BALANCES, LAYOUTS, SKIPPING, Problem, lay_out
 from ..tables import assert_table_holds, assert_tiles_cover
 
-LAUNCHES = {  # slots above which there are two, most chunks, and how many of their counts are added up at once
-    "one launch": (2**31, 128, 2**14),
-    "two launches": (0, 128, 2**14),
+LAUNCHES = {  # readings above which there are two, most chunks, and how many of their counts are added up at once
+    "one launch": (2**40, 256, 2**14),
+    "two launches": (0, 256, 2**14),
     "two launches, few chunks": (0, 3, 2**14),
-    "two launches, counts in turns": (0, 128, 16),
+    "two launches, counts in turns": (0, 256, 16),
 }
 
 
@@ -25,7 +25,7 @@ def launches(request, kernel):
     """Few slots in the launches of many, and many in that of few."""
     routing = importlib.import_module(f"{kernel.__name__}.kernels.routing")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in zip(("MANY_SLOTS", "MOST_CHUNKS", "COUNTS"), request.param, strict=True):
+        for name, value in zip(("MANY_READINGS", "CHUNKS", "COUNTS"), request.param, strict=True):
             patch.setattr(routing, name, value)
         yield
 
