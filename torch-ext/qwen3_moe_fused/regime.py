@@ -20,8 +20,8 @@ from .tiling import Tile, Tiling, cdiv, tuned_fast_rows
 
 FAST_ROWS = 800
 """Rows per expert up to which the fast path beats dequantizing. Forward and backward on an H100, ms: at 768 rows 2.51
-and 2.95 against 2.70 and 3.17, at 1024 3.12 and 3.91 against 3.29 and 4.00; since then dequantizing takes 4 to 6 %
-less, by an H200's crossover.json; 800 allows for that, and was not measured. A card with faster memory changes over
+and 2.95 against 2.70 and 3.17, at 1024 3.12 and 3.91 against 3.29 and 4.00. Since then dequantizing takes 4 to 6 %
+less, and the fast path as much, by an H200's times; 800 was not measured. A card with faster memory changes over
 earlier; its tuned table says when."""
 
 PLAIN_ROWS = 40
