@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from .adapted import Quantization
-from .replays import bytes_in_use, make_layer
+from .replays import bytes_in_use, make_layer, tensors_in
 
 MIB = 2**20
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -137,6 +137,18 @@ def test_one_stack_is_decoded_at_a_time(kernel, compiler, monkeypatch):
     gate_up, down = (2 * math.prod(projection.weight.shape) for projection in layer.projections)
     for found in (forward, backward):
         assert gate_up <= max(found) < gate_up + down
+
+
+def test_the_slots_rows_are_gone_when_the_largest_gradient_comes(kernel, compiler):
+    layer = make_layer(kernel, "trained")
+    layer.step()  # compiles
+    _, *saved = layer.forward()
+    pre_activation, hidden = saved[0], layer.tokens[0]
+    with bytes_in_use() as found:
+        results = layer.backward(tuple(saved))
+    gradients = sum(x.nbytes for x in tensors_in(results))
+    slots_rows = layer.tokens[1].numel() * hidden.shape[1] * hidden.element_size()
+    assert gradients + pre_activation.nbytes < max(found) < gradients + pre_activation.nbytes + slots_rows
 
 
 @pytest.mark.parametrize("block_n", [64, 128, 256])

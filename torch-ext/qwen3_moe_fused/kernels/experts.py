@@ -169,16 +169,7 @@ def experts_backward(
             weights=top_k_weights,
         )  # fmt: skip
     del weighted
-    if wanted.gate_up_proj:
-        grad_gate_up_proj = weight_grad_rows(
-            grad_pre_activation, hidden_states, offsets, step, tile.fit(2 * width, hidden), order, k, x_by_token=True
-        )
     added = gate_up_adapter and gate_up_adapter.backward_addition(grad_pre_activation)
-    if wanted.gate_up_A or wanted.gate_up_B:
-        grad_gate_up_factors = gate_up_adapter.factor_grads(
-            hidden_states, grad_pre_activation, low_rank_gate_up, added.low_rank, offsets,
-            (wanted.gate_up_A, wanted.gate_up_B), x_by_token=True,
-        )  # fmt: skip
     grad_weights = torch.empty(top_k_index.shape, dtype=top_k_weights.dtype, device=device)
     if wanted.hidden_states:
         grad_hidden_states = hidden_states.new_empty(hidden_states.shape)
@@ -192,6 +183,16 @@ def experts_backward(
             combine_backward(rows, once[0], top_k_index, experts, sums, once[1])
     else:
         combine_backward(None, parts, top_k_index, experts, None, grad_weights)
+    weight = rows = grad_slots = None  # frees them before the largest gradient is taken
+    if wanted.gate_up_proj:
+        grad_gate_up_proj = weight_grad_rows(
+            grad_pre_activation, hidden_states, offsets, step, tile.fit(2 * width, hidden), order, k, x_by_token=True
+        )
+    if wanted.gate_up_A or wanted.gate_up_B:
+        grad_gate_up_factors = gate_up_adapter.factor_grads(
+            hidden_states, grad_pre_activation, low_rank_gate_up, added.low_rank, offsets,
+            (wanted.gate_up_A, wanted.gate_up_B), x_by_token=True,
+        )  # fmt: skip
     grads = (grad_hidden_states, grad_weights, grad_gate_up_proj, grad_down_proj)
     return Gradients(*grads, *grad_gate_up_factors, *grad_down_factors)
 
