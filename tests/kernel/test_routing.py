@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from .absent import module
 from .problems import BALANCES, SKIPPING, Problem, lay_out
 from .tables import assert_table_holds
 
@@ -47,3 +48,17 @@ def test_shapes_and_dtypes_depend_on_sizes_alone(kernel, device):
         index = Problem(T=50, imbalance=imbalance).draw_index(device)
         layouts.add(tuple((t.shape, t.dtype, t.stride(), t.device.type) for t in kernel.routing(index, 4, 16)))
     assert len(layouts) == 1
+
+
+@pytest.mark.parametrize(
+    ("slots", "experts", "launches"),
+    [(8192, 8, 1), (8194, 8, 2), (8192, 128, 1), (8194, 128, 2), (2048, 512, 1), (2050, 512, 2), (512, 4096, 2)],
+)
+def test_many_readings_take_two_launches(kernel, compiler, slots, experts, launches):
+    module(kernel, "routing").routing(torch.zeros(slots // 2, 2, dtype=torch.int64), experts, 128)
+    assert compiler.compiled == [["_routing_kernel"], ["_count_kernel", "_place_kernel"]][launches - 1]
+
+
+def test_experts_whose_counts_would_take_a_program_s_memory_take_one(kernel, compiler):
+    module(kernel, "routing").routing(torch.zeros(4096, 2, dtype=torch.int64), 4097, 128)
+    assert compiler.compiled == ["_routing_kernel"]

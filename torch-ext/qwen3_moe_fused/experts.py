@@ -2,7 +2,7 @@
 
     out[t] = sum_j top_k_weights[t, j] * down[e] @ (act(gate[e] @ x) * (up[e] @ x))
 
-Forward, four launches:
+Forward, four launches, or five with many slots, which routing counts first:
 
     routing    top_k_index                  -> order, m_sizes, tiles
     gate_up    hidden_states rows, gathered -> pre_activation (S, 2I), kept only for backward; intermediate (S, I)

@@ -28,7 +28,12 @@ Tensor = torch.Tensor
 
 MANY_READINGS = 2**20
 """Readings, of S slots by each expert or by 128 of fewer, above which two launches take less time than one. On an H200,
-us in a graph, 128 experts: 9.4 and 9.3 for 8192 slots, 14.5 and 9.3 for 16384, 308 and 70 for 524288."""
+us in a graph, 128 experts: 9.4 and 9.3 for 8192 slots, 14.5 and 9.3 for 16384, 308 and 70 for 524288, with a few more
+chunks (benchmarks/results/nvidia-h200/routing.txt)."""
+
+MOST_EXPERTS = 4096
+"""Experts up to which there may be two launches: a program counts all of them, in registers and 4 bytes each of shared
+memory, which 32768 would exhaust on a consumer card."""
 
 CHUNKS, BLOCK = 256, 128
 """Most chunks, and how many of a chunk's ids are placed at a time."""
@@ -205,7 +210,7 @@ def routing(top_k_index: Tensor, num_experts: int, block_m: int) -> Tuple[Tensor
     order, m_sizes, offsets, tiles = (
         ids.new_empty(shape, dtype=torch.int32) for shape in (slots, num_experts, num_experts + 1, (capacity, 3))
     )
-    if slots * max(num_experts, 128) <= MANY_READINGS:
+    if slots * max(num_experts, 128) <= MANY_READINGS or num_experts > MOST_EXPERTS:
         lanes, step = (128, 16) if slots <= 2048 else (512, 16)
         segment = cdiv(cdiv(slots, lanes), step) * step
         launch(
