@@ -169,6 +169,7 @@ def compile_card(arch: int, options: argparse.Namespace) -> list[dict]:
     for module in (regime, modules["dequantize"]):
         module.has_byte_permute = lambda device: True
     modules["product"]._has_tma = lambda device: arch >= 90
+    modules["four_bit_fast"]._is_hopper = lambda device: arch == 90
     for card in (f"sm_{arch}", *TUNED.get(arch, ())):
         tiling._card = lambda device, card=card: (card, CARDS[arch] * 1024)
         regime.fast_rows.cache_clear()

@@ -86,11 +86,22 @@ def test_a_row_gives_its_eight_weights_in_order(nibbles, quant_type, dtype):
 @pytest.mark.parametrize(("quant_type", "dtype"), CASES)
 def test_two_rows_give_their_weights_in_pairs(nibbles, quant_type, dtype, size):
     table, bits = nibbles.table_words(quant_type, dtype)[0::2], bits_of(nibbles, quant_type, dtype)
-    text = nibbles.decode_two_rows(quant_type, dtype, size)
+    text = nibbles.decode_two_rows(quant_type, dtype, size, False)
     for first, second in zip(words(), reversed(words())):
         got = emulate(text, size // 4, [first, second, ONE[dtype], *table], DTYPES[dtype])
         want = [bits[nibble(first, k)] | bits[nibble(second, k)] << 16 for k in range(size // 4)]
         assert [close_zero(x) for x in got] == [close_zero(x) for x in want], (hex(first), hex(second))
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_it_may_wait_after_the_last_lookup_and_before_it_writes_any_result(nibbles, size):
+    wait = "wgmma.wait_group.sync.aligned 0"
+    waiting, other = (nibbles.decode_two_rows("nf4", "bf16", size, wait).split(";\n") for wait in (True, False))
+    assert [line for line in waiting if line != wait] == other and wait not in other
+    at = waiting.index(wait)
+    assert not any(line.startswith("prmt") for line in waiting[at:])
+    assert sum(line.split(",")[0].split()[-1].startswith("$") for line in waiting[at:]) == size // 4
+    assert not any(line.split(",")[0].split()[-1].startswith("$") for line in waiting[:at])
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -118,7 +129,7 @@ def test_a_scale_leaves_only_the_rounding_of_the_result(nibbles, dtype):
 @pytest.mark.parametrize("size", [16, 32])
 def test_each_row_of_two_has_its_own_scale(nibbles, size):
     table, bits = nibbles.table_words("nf4", "bf16")[0::2], bits_of(nibbles, "nf4", "bf16")
-    text = nibbles.decode_two_rows("nf4", "bf16", size)
+    text = nibbles.decode_two_rows("nf4", "bf16", size, False)
     one_and_two = 0x4000_3F80  # {1.0, 2.0}
     for first, second in zip(words(), reversed(words())):
         got = emulate(text, size // 4, [first, second, one_and_two, *table])

@@ -61,10 +61,12 @@ class _Assembly:
             self.lines += [f"prmt.b32 a, {w0}, {w1}, m", f"prmt.b32 b, {w2}, {w3}, m", f"prmt.b32 p{plane}, a, b, s"]
         self.lines += ["shr.u32 m, m, 16", "shr.u32 s, s, 16"]
 
-    def scale(self, results: int, pair: str, scales: str) -> None:
-        """Multiplies all results. Adding -0.0 makes it a product, an instruction that sm_80 lacks for bf16."""
+    def scale(self, results: int, pair: str, scales: str, wait: bool = False) -> None:
+        """$0, $1, ..: w0, w1, .. times their scales. Adding -0.0 makes it a product, an instruction that sm_80 lacks
+        for bf16. With ``wait`` none is written before Hopper's products in flight have read what it held."""
+        self.lines = [f".reg .b32 w<{results}>", *self.lines, *["wgmma.wait_group.sync.aligned 0"] * wait]
         self.lines += ["mov.b32 z, 0x80008000"]
-        self.lines += [f"fma.rn.{pair} ${i}, ${i}, {scales}, z" for i in range(results)]
+        self.lines += [f"fma.rn.{pair} ${i}, w{i}, {scales}, z" for i in range(results)]
 
     def __str__(self) -> str:
         return "{\n" + "".join(f"{line};\n" for line in self.lines) + "}"
@@ -91,17 +93,17 @@ def decode_row(quant_type: str, dtype: str) -> str:
     assembly.select("$4")
     for half in (0, 2):
         assembly.look_up()
-        assembly.lines += [f"prmt.b32 ${half}, p0, p1, 0x4051", f"prmt.b32 ${half + 1}, p0, p1, 0x6273"]
+        assembly.lines += [f"prmt.b32 w{half}, p0, p1, 0x4051", f"prmt.b32 w{half + 1}, p0, p1, 0x6273"]
     assembly.scale(4, _PAIRS[dtype], "$5")
     return str(assembly)
 
 
 @functools.cache
-def decode_two_rows(quant_type: str, dtype: str, bits: int) -> str:
+def decode_two_rows(quant_type: str, dtype: str, bits: int, wait: bool) -> str:
     """Words of ``bits`` bits of rows n and n + 1, nibbles along k -> pairs {w[n, k], w[n + 1, k]}, one a result, times
     the pair of their scales; inputs are the two words, that pair and the table's even words.
 
-    The rows' bytes are interleaved first, so that one lookup serves both.
+    The rows' bytes are interleaved first, so that one lookup serves both. ``wait`` as in ``scale``.
     """
     results = bits // 4
     first, second, scales = (f"${results + i}" for i in range(3))
@@ -111,8 +113,8 @@ def decode_two_rows(quant_type: str, dtype: str, bits: int) -> str:
             assembly.lines += [f"prmt.b32 x, {first}, {second}, {('0x5140', '0x7362')[i // 4]}"]
             assembly.select("x")
         assembly.look_up()
-        assembly.lines += [f"prmt.b32 ${i}, p0, p1, 0x7351", f"prmt.b32 ${i + 1}, p0, p1, 0x6240"]
-    assembly.scale(results, _PAIRS[dtype], scales)
+        assembly.lines += [f"prmt.b32 w{i}, p0, p1, 0x7351", f"prmt.b32 w{i + 1}, p0, p1, 0x6240"]
+    assembly.scale(results, _PAIRS[dtype], scales, wait)
     return str(assembly)
 
 
