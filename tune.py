@@ -47,7 +47,7 @@ DOWN_BACKWARD = {
     128: [(128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 4), (64, 64, 8, 4), (64, 32, 8, 4)],
     256: [(64, 64, 8, 3), (64, 64, 8, 4)],
 }
-DECODED_ROWS = (64, 256, 512, 640, 768, 896, 1024, 1280, 1536)  # rows per expert at which two ways are compared
+DECODED_ROWS = (64, 256, 512, 640, 768, 896, 1024, 1280, 1536, 2048)  # rows per expert at which two ways are compared
 WEIGHT_GRAD = {  # by rows summed a step
     16: [(128, 128, 4, 5), (128, 128, 4, 6), (128, 256, 8, 5)],
     32: [(128, 128, 4, 5), (128, 128, 4, 6), (128, 256, 8, 5)],
@@ -162,8 +162,8 @@ def tune(kernel, sizes, rows: int):
 
 
 def tune_fast_rows(kernel, sizes):
-    """The ``changeover`` from decoding in registers to decoding beforehand, and the times of forward and backward both
-    ways, in milliseconds."""
+    """The ``changeover`` from decoding in registers to decoding beforehand, of forward and of backward, and both ways'
+    times in milliseconds."""
     regime, form = (importlib.import_module(f"{kernel.__name__}.{name}") for name in ("regime", "form"))
     experts, hidden, width = sizes.experts, sizes.hidden, sizes.intermediate
     stacks = random_nf4(kernel, (experts, 2 * width, hidden)), random_nf4(kernel, (experts, hidden, width))
@@ -175,14 +175,21 @@ def tune_fast_rows(kernel, sizes):
         x = torch.randn(tokens, hidden, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn_like(x)
 
-        def run():
-            torch.autograd.grad(kernel.fused_experts(x, index, weights, *stacks), x, grad)  # noqa: B023
+        def forward():
+            return kernel.fused_experts(x, index, weights, *stacks)  # noqa: B023
 
-        times[count] = {}
+        def both():
+            torch.autograd.grad(forward(), x, grad)  # noqa: B023
+
+        times[count] = {"forward": {}, "backward": {}}
         for way in ("fast", "dequantize"):
             regime.regime = lambda *_, way=way: way
             form.forget()
-            times[count][way] = round(triton.testing.do_bench(run, warmup=50, rep=200, return_mode="median"), 4)
+            first, whole = (
+                triton.testing.do_bench(run, warmup=50, rep=150, return_mode="median") for run in (forward, both)
+            )
+            times[count]["forward"][way] = round(first, 4)
+            times[count]["backward"][way] = round(whole - first, 4)
         print(f"  {count} rows per expert: {times[count]}", flush=True)
     regime.regime = choose
     form.forget()
@@ -190,8 +197,15 @@ def tune_fast_rows(kernel, sizes):
 
 
 def changeover(times):
-    """The rows per expert up to which the fast path is never slower; 0 if it is from the first on."""
-    return max(takewhile(lambda rows: times[rows]["fast"] <= times[rows]["dequantize"], sorted(times)), default=0)
+    """The rows per expert up to which the fast path is never slower, by direction; 0 if it is from the first on."""
+
+    def last(direction):
+        faster = takewhile(
+            lambda rows: times[rows][direction]["fast"] <= times[rows][direction]["dequantize"], sorted(times)
+        )
+        return max(faster, default=0)
+
+    return {direction: last(direction) for direction in ("forward", "backward")}
 
 
 def random_nf4(kernel, shape):
@@ -228,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         print(f"{rows} rows per expert: {tilings[rows]} {times[rows]}", flush=True)
     fast_rows, times["fast_rows"] = tune_fast_rows(kernel, sizes)
-    print(f"decoded in registers up to {fast_rows} rows per expert", flush=True)
+    print(f"decoded in registers up to so many rows per expert: {fast_rows}", flush=True)
     shape = {name: getattr(sizes, name) for name in ("hidden", "intermediate", "experts", "top_k")}
     result = {
         "card": card, "torch": torch.__version__, "triton": triton.__version__, "shape": shape,

@@ -137,7 +137,8 @@ def forced(kernel: ModuleType, way: str) -> Iterator[None]:
 
 
 def choice(kernel: ModuleType, call: Call) -> str:
-    """The way that a call's weights go by themselves; a layer that asks for none multiplies slot by slot."""
+    """The way that a call's weights go by themselves, or the ways of forward and of backward where these differ; a
+    layer that asks for none multiplies slot by slot."""
     choose, found = importlib.import_module(f"{kernel.__name__}.regime").regime, []
 
     def noted(*arguments) -> str:
@@ -146,7 +147,7 @@ def choice(kernel: ModuleType, call: Call) -> str:
 
     with replaced(kernel, noted, gemv=True):
         call()
-    return found[0] if found else "gemv"
+    return " + ".join(dict.fromkeys(found)) if found else "gemv"
 
 
 @contextmanager

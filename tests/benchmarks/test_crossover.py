@@ -60,6 +60,8 @@ def test_the_chosen_way_is_what_the_layer_was_told(kernel, monkeypatch):
     before = regime.regime
     assert crossover.choice(kernel, lambda: regime.regime(39)) == "plain"
     assert crossover.choice(kernel, lambda: (regime.regime(40), regime.regime(40))) == "dequantize"
+    both_again = (40, 39, 40, 39)  # forward and backward, rehearsed first
+    assert crossover.choice(kernel, lambda: [regime.regime(rows) for rows in both_again]) == "dequantize + plain"
     assert crossover.choice(kernel, lambda: None) == "gemv"
     assert regime.regime is before
 

@@ -42,18 +42,18 @@ def test_many_rows_are_worth_decoding_for(kernel, regime, byte_permute):
 
 
 @pytest.mark.parametrize("byte_permute", [True], ids=["byte permute"])
-def test_a_card_may_have_its_own_number_of_rows_to_decode_in_registers(kernel, regime, monkeypatch):
+def test_a_card_may_have_its_own_numbers_of_rows_to_decode_in_registers(kernel, regime, monkeypatch):
     weights = (stack(kernel, 2, 128, 128),) * 2
     monkeypatch.setattr(regime, "fast_rows", regime.fast_rows.__wrapped__)  # not kept for other tests
-    ways = {}
-    for tuned in (None, 300, 0):
+    for tuned, forward, backward in (
+        (None, 800, 800),
+        ({"forward": 300, "backward": 500}, 300, 500),
+        ({"forward": 0, "backward": 1}, 0, 1),
+    ):
         monkeypatch.setattr(regime, "tuned_fast_rows", lambda device, tuned=tuned: tuned)
-        ways[tuned] = [regime.regime(rows, weights, torch.bfloat16, CPU) for rows in (1, 300, 301, 800, 801)]
-    assert ways == {
-        None: ["fast"] * 4 + ["dequantize"],
-        300: ["fast"] * 2 + ["dequantize"] * 3,
-        0: ["dequantize"] * 5,
-    }
+        for direction, most in ((False, forward), (True, backward)):
+            ways = [regime.regime(rows, weights, torch.bfloat16, CPU, direction) for rows in (most, most + 1)]
+            assert ways == ["fast", "dequantize"], (tuned, direction)
 
 
 @pytest.mark.parametrize("quantization", [dict(blocksize=256), dict(blocksize=4096)], ids=str)
@@ -164,16 +164,15 @@ def test_what_takes_much_memory_comes_in_halves_of_whole_blocks(regime, columns,
         assert regime.window(slots, columns, tile, dtype, "dequantize") == columns
 
 
-def test_directions_know_whether_their_tiles_are_of_one_height(kernel, regime, byte_permute):
-    """Backward reads forward's tile table then, and makes its own otherwise."""
-    weights, found = (stack(kernel, 2, 256, 128), stack(kernel, 2, 128, 128)), set()
-    for rows in (1, 2, 5, 8, 12, 24, 40, 100, 500, 5000):
-        settings = (2 * rows, *weights, torch.bfloat16, CPU, kernel_tiling(kernel))
-        plans = [regime.plan(*settings, backward) for backward in (False, True)]
-        same = plans[0].block_m == plans[1].block_m
-        assert [plan.shares_tiles for plan in plans] == [same] * 2, rows
-        found.add(same)
-    assert found == ({True, False} if byte_permute else {True})
+@pytest.mark.parametrize("byte_permute", [True], ids=["byte permute"])
+def test_each_direction_has_the_path_that_its_rows_ask_for(kernel, regime, monkeypatch):
+    """Between the two numbers of rows, forward decodes beforehand and backward in registers."""
+    weights, dense = (stack(kernel, 2, 256, 128), stack(kernel, 2, 128, 128)), kernel_tiling(kernel)
+    monkeypatch.setattr(regime, "fast_rows", lambda device, backward: 200 if backward else 100)
+    for rows, want in ((100, ("fast", "fast")), (101, ("dequantize", "fast")), (201, ("dequantize", "dequantize"))):
+        plans = [regime.plan(2 * rows, *weights, torch.bfloat16, CPU, dense, backward) for backward in (False, True)]
+        assert tuple(plan.path for plan in plans) == want
+        assert plans[0].block_m == (dense.block_m if want[0] == "dequantize" else 128)
 
 
 def projection_of(kernel):

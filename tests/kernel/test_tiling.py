@@ -57,7 +57,10 @@ def test_a_tuned_table_fits_its_card_and_says_where_it_comes_from(tiling):
 
 def test_the_rows_to_decode_in_registers_are_those_that_were_timed(tiling):
     faster, slower = {"fast": 1.0, "dequantize": 1.1}, {"fast": 1.1, "dequantize": 1.0}
-    assert changeover({64: faster, 256: slower, 512: faster}) == 64 and changeover({64: slower, 256: faster}) == 0
+    both = {"forward": faster, "backward": faster}
+    one = {"forward": slower, "backward": faster}
+    assert changeover({64: both, 256: one, 512: both}) == {"forward": 64, "backward": 512}
+    assert changeover({64: one, 256: both}) == {"forward": 0, "backward": 256}
     tables = [content for path in _shipped(tiling) if "fast_rows" in (content := json.loads(path.read_text()))]
     assert tables, "no tuned table says"
     for content in tables:
@@ -72,11 +75,11 @@ def test_a_tuned_table_is_taken_for_its_card_alone(tiling):
 
 
 def test_a_tuned_table_may_say_up_to_how_many_rows_weights_are_decoded_in_registers(tiling, tmp_path, monkeypatch):
-    (tmp_path / "cpu.json").write_text(json.dumps({"fast_rows": 77}))
+    (tmp_path / "cpu.json").write_text(json.dumps({"fast_rows": {"forward": 77, "backward": 99}}))
     assert tiling.tuned_fast_rows(CPU) is None
     tiling._tuned.cache_clear()
     monkeypatch.setattr(tiling, "card_file", lambda card: tmp_path / f"{card}.json")
-    assert tiling.tuned_fast_rows(CPU) == 77
+    assert tiling.tuned_fast_rows(CPU) == {"forward": 77, "backward": 99}
     tiling._tuned.cache_clear()
 
 

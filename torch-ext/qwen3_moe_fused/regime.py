@@ -22,7 +22,7 @@ FAST_ROWS = 800
 """Rows per expert up to which the fast path beats dequantizing. Forward and backward on an H100, ms: at 768 rows 2.51
 and 2.95 against 2.70 and 3.17, at 1024 3.12 and 3.91 against 3.29 and 4.00. Since then dequantizing takes 4 to 6 %
 less, and the fast path as much, by an H200's times; 800 was not measured. A card with faster memory changes over
-earlier; its tuned table says when."""
+earlier, forward before backward; its tuned table says when."""
 
 PLAIN_ROWS = 40
 """The same for the plain path where dequantizing has no byte permutes either: 1.69 against 2.05 ms at 32 rows, 2.65
@@ -52,15 +52,14 @@ class Plan(NamedTuple):
     """One direction of the layer: the path its weights take, rows per tile, and the tiles of its two products.
 
     Forward, first is gate_up and second is down; backward, first is down_backward and second the gradient of
-    hidden_states. ``shares_tiles`` says that the other direction's tiles have as many rows; ``permute`` has the columns
-    of what they read permuted beforehand, see ``four_bit_fast``; ``scratch`` is the most bytes decoded at a time.
+    hidden_states. ``permute`` has the columns of what they read permuted beforehand, see ``four_bit_fast``; ``scratch``
+    is the most bytes decoded at a time.
     """
 
     path: str
     block_m: int
     first: Tile
     second: Tile
-    shares_tiles: bool
     permute: bool
     scratch: int
 
@@ -71,17 +70,15 @@ def plan(
 ) -> Plan:  # fmt: skip
     """The plan for ``slots`` rows of all experts together; ``dense`` is the tiling for dense weights."""
     rows = cdiv(slots, max(1, gate_up_proj.shape[0]))
-    path = regime(rows, (gate_up_proj, down_proj), dtype, device)
+    path = regime(rows, (gate_up_proj, down_proj), dtype, device, backward)
     if path in ("dense", "dequantize"):
         first = dense.down_backward if backward else dense.gate_up
         scratch = LARGE_SCRATCH if rows <= LARGE_SCRATCH_ROWS else SCRATCH
-        return Plan(path, dense.block_m, first, dense.linear, True, False, scratch)
-    widths = down_proj.shape[2], gate_up_proj.shape[2]
-    block_m, first, second = _tiles(path, rows, *widths, backward)
-    shares_tiles = block_m == _tiles(path, rows, *widths, not backward)[0]
+        return Plan(path, dense.block_m, first, dense.linear, False, scratch)
+    block_m, first, second = _tiles(path, rows, down_proj.shape[2], gate_up_proj.shape[2], backward)
     both = isinstance(gate_up_proj, FourBitWeight) and isinstance(down_proj, FourBitWeight)
     permute = path == "fast" and both and not backward and rows >= PERMUTE_ROWS
-    return Plan(path, block_m, first, second, shares_tiles, permute, 0)
+    return Plan(path, block_m, first, second, permute, 0)
 
 
 def window(slots: int, columns: int, tile: Tile, dtype: torch.dtype, path: str) -> int:
@@ -106,28 +103,32 @@ def _tiles(path: str, rows: int, intermediate: int, hidden: int, backward: bool)
     return block_m, first, second
 
 
-def regime(rows: int, weights: Tuple[Weight, ...], dtype: torch.dtype, device: torch.device) -> str:
+def regime(
+    rows: int, weights: Tuple[Weight, ...], dtype: torch.dtype, device: torch.device, backward: bool = False
+) -> str:
     """``dense`` if no weight is in 4 bit, else the fastest path that can take those that are.
 
     Args:
         rows: rows per expert, on average: what a launch can know without waiting for the device.
         weights: the projections' weights, (E, N, K) each.
         dtype, device: of the tokens.
+        backward: whether gradients are computed, or the layer itself.
     """
     packed = [weight for weight in weights if isinstance(weight, FourBitWeight)]
     if not packed:
         return "dense"
     if has_byte_permute(device):
-        fast = rows <= fast_rows(device) and dtype != torch.float32 and all([_fits_fast(weight) for weight in packed])
+        few = rows <= fast_rows(device, backward)
+        fast = few and dtype != torch.float32 and all([_fits_fast(weight) for weight in packed])
         return "fast" if fast else "dequantize"
     return "plain" if rows <= PLAIN_ROWS and all([_fits_plain(weight) for weight in packed]) else "dequantize"
 
 
 @functools.cache
-def fast_rows(device: torch.device) -> int:
-    """Rows per expert up to which this card takes the fast path; 0 if it never does."""
+def fast_rows(device: torch.device, backward: bool) -> int:
+    """Rows per expert up to which this card takes the fast path in one direction; 0 if it never does."""
     tuned = tuned_fast_rows(device)
-    return FAST_ROWS if tuned is None else tuned
+    return FAST_ROWS if tuned is None else tuned["backward" if backward else "forward"]
 
 
 def suits_gemv(slots: int, gate_up: Projection, down: Projection, device: torch.device) -> bool:

@@ -165,8 +165,9 @@ def _tuned_tilings(card: str) -> Dict[int, Tiling]:
     return {int(rows): _tiling(**entry) for rows, entry in _tuned(card).get("tilings", {}).items()}
 
 
-def tuned_fast_rows(device: torch.device) -> Optional[int]:
-    """What ``tune.py`` has found for this card in the place of ``regime.FAST_ROWS``; None if it was not asked."""
+def tuned_fast_rows(device: torch.device) -> Optional[Dict[str, int]]:
+    """What ``tune.py`` has found for this card in the place of ``regime.FAST_ROWS``, for "forward" and "backward"; None
+    if it was not asked."""
     return _tuned(_card(device)[0]).get("fast_rows")
 
 

@@ -94,6 +94,21 @@ def test_fast_is_plain_at_odd_sizes(kernel, plans, way, quant_type, dtype):
     assert_fast_is_plain(plans, way, step, dtype, block_m=64)
 
 
+@pytest.mark.parametrize("ways", [("dequantize", "fast"), ("fast", "dequantize")], ids=str)
+@pytest.mark.parametrize("tokens", [77, 700])
+def test_each_direction_may_go_a_way_of_its_own(kernel, plans, way, forget, monkeypatch, tokens, ways):
+    """With few tokens in tiles of its own too, so that backward cannot read the table of forward's."""
+    regime = importlib.import_module(f"{kernel.__name__}.regime")
+    step = Step(kernel, replace(ODD, T=tokens), "cuda", torch.bfloat16, Quantization())
+    monkeypatch.setattr(regime, "regime", lambda *arguments: ways[arguments[4]])
+    forget()
+    mixed = from_poison(step)
+    assert {plan.path for plan in plans} == set(ways)
+    way("plain")
+    for name, want in from_poison(step).items():
+        assert_close(f"{name} by {ways}", want, mixed[name], RATIO[torch.bfloat16])
+
+
 def spoil(step: Step, experts: torch.Tensor) -> None:
     """Makes NaN of all scales of the experts (E,) that are true, so that what reads one of their weights is NaN."""
     for weight in step.stacks:

@@ -102,6 +102,25 @@ def test_any_problem_agrees_with_the_oracle(triton_kernel, problem, dtype, quant
     assert_adapted_experts_agree(triton_kernel, problem, "cpu", dtype, quantization)
 
 
+@pytest.mark.parametrize("imbalance", ["some_skipped", "one_takes_all"])
+@pytest.mark.parametrize("ways", [("dequantize", "plain"), ("plain", "dequantize")], ids=str)
+def test_each_direction_may_go_a_way_of_its_own(triton_kernel, monkeypatch, ways, imbalance):
+    """In tiles of its own: backward cannot read the table of forward's."""
+    regime, experts = (importlib.import_module(f"{triton_kernel.__name__}.{f}") for f in ("regime", "kernels.experts"))
+    heights, plan = [], experts.plan
+
+    def noted(*arguments, **options):
+        heights.append(plan(*arguments, **options))
+        return heights[-1]
+
+    monkeypatch.setattr(experts, "plan", noted)
+    monkeypatch.setattr(regime, "regime", lambda *arguments: ways[arguments[4]])
+    problem = Problem(T=97, k=2, E=5, H=64, I=64, imbalance=imbalance)
+    assert_adapted_experts_agree(triton_kernel, problem, "cpu", torch.float16, Quantization(), Adapter(gate_up_rank=3))
+    assert tuple(plan.path for plan in heights[:2]) == ways
+    assert heights[0].block_m != heights[1].block_m
+
+
 @pytest.mark.parametrize("name", ["plain", "dequantize"])
 def test_adapters_beside_4_bit_weights(triton_kernel, way, monkeypatch, name):
     way(name)

@@ -1,7 +1,7 @@
 """The experts layer as a plan of launches; ``..experts`` describes it, each kernel has a file of its own."""
 
 from functools import partial
-from typing import Iterator, Optional, Tuple
+from typing import Iterator, Optional, Sequence, Tuple
 
 import torch
 
@@ -64,8 +64,7 @@ def experts_forward(
     result: bool = True,
     pre_activation: Optional[Tensor] = None,
 ) -> Tuple[Tensor, ...]:
-    """As ``reference.experts_forward``; saved are also the tile table, offsets (E+1,) and tiles, unless backward's
-    tiles have another height."""
+    """As ``reference.experts_forward``; saved are also the tile table, offsets (E+1,) and tiles."""
     gate_up_proj, down_proj = gate_up_projection.weight, down_projection.weight
     experts, hidden, width = down_proj.shape
     hidden_states, top_k_index = near(hidden_states, hidden), top_k_index.contiguous()
@@ -110,7 +109,7 @@ def experts_forward(
     if not save:
         return out, *UNSAVED
     low_rank = (added and added.low_rank, added_down and added_down.low_rank)
-    return out, pre_activation, *low_rank, order, m_sizes, *((offsets, tiles) if chosen.shares_tiles else ())
+    return out, pre_activation, *low_rank, order, m_sizes, offsets, tiles
 
 
 @compiled_at_once()
@@ -137,7 +136,7 @@ def experts_backward(
     dense = choose(slots, experts, dtype, device)
     chosen = plan(slots, gate_up_proj, down_proj, dtype, device, dense, backward=True)
     block_m = chosen.block_m
-    offsets, tiles = table or tile_table(m_sizes, slots, block_m, rest=-1)
+    offsets, tiles = table if _suits(table, slots, block_m) else tile_table(m_sizes, slots, block_m, rest=-1)
 
     gate_up_adapter, down_adapter = adapters(gate_up_projection, down_projection, dtype, seed, k, order, tiles, block_m)
     if chosen.path == "fast":
@@ -195,6 +194,12 @@ def experts_backward(
         )  # fmt: skip
     grads = (grad_hidden_states, grad_weights, grad_gate_up_proj, grad_down_proj)
     return Gradients(*grads, *grad_gate_up_factors, *grad_down_factors)
+
+
+def _suits(table: Sequence[Tensor], slots: int, block_m: int) -> bool:
+    """Whether ``table``, offsets (E+1,) and tiles or nothing, is of tiles of ``block_m`` rows: those of another height
+    are more or fewer, or each of all rows of an expert either way."""
+    return bool(table) and table[1].shape[0] == slots // block_m + table[0].shape[0]
 
 
 def _forward_of_few(
