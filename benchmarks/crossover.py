@@ -6,7 +6,9 @@ noted. Graphs that are close are timed in turns, so that what disturbs the GPU d
 averages, and --imbalance says how uneven the routing is.
 
 Writes crossover.json as it goes, crossover.png at the end, both into --out, and fails if the chosen way is more than
-3 % slower than another anywhere. It has been timed twice, forced and left alone, and the shorter time counts.
+3 % slower than another anywhere. It has been timed twice, forced and left alone, and the shorter time counts; once, if
+backward goes another way than forward, for both are forced alike. A card's table gives up to 8 % of a direction's time
+with usual routing for as much with uneven routing (MARGIN of tune.py), so where one path replaces another it can fail.
 
     python benchmarks/crossover.py --kernel . --out benchmarks/results/h200
 """

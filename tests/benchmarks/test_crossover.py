@@ -35,6 +35,13 @@ def test_two_timings_of_one_way_are_not_two_ways():
     assert place["fastest"] == "dequantize" and place["ratio"] == pytest.approx(0.9857 / 0.95)
 
 
+def test_a_way_of_its_own_in_each_direction_is_timed_left_alone():
+    times = {"fast": 4.716, "plain": None, "dequantize": 4.959, "gemv": None}
+    assert crossover.slower([record("dequantize + fast", chosen=4.6, **times)]) == []
+    (place,) = crossover.slower([record("dequantize + fast", chosen=4.9, **times)])
+    assert place["fastest"] == "fast" and place["ratio"] == pytest.approx(4.9 / 4.716)
+
+
 def test_each_way_is_forced_and_the_choice_given_back(kernel):
     regime = importlib.import_module(f"{kernel.__name__}.regime")
     before, seen = (regime.regime, regime.GEMV_SLOTS), []

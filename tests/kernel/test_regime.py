@@ -48,7 +48,7 @@ def test_a_card_may_have_its_own_numbers_of_rows_to_decode_in_registers(kernel, 
     for tuned, forward, backward in (
         (None, 800, 800),
         ({"forward": 300, "backward": 500}, 300, 500),
-        ({"forward": 0, "backward": 1}, 0, 1),
+        ({"forward": 1, "backward": 2}, 1, 2),
     ):
         monkeypatch.setattr(regime, "tuned_fast_rows", lambda device, tuned=tuned: tuned)
         for direction, most in ((False, forward), (True, backward)):

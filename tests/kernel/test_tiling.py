@@ -59,7 +59,7 @@ def test_the_rows_to_decode_in_registers_are_those_that_were_timed(tiling):
     faster, slower = {"fast": 1.0, "dequantize": 1.1}, {"fast": 1.1, "dequantize": 1.0}
     both = {"forward": faster, "backward": faster}
     one = {"forward": slower, "backward": faster}
-    hardly = {"forward": {"fast": 1.0, "dequantize": 1.03}, "backward": faster}
+    hardly = {"forward": {"fast": 1.0, "dequantize": 1.05}, "backward": faster}
     assert changeover({64: both, 256: one, 512: both}) == {"forward": 64, "backward": 512}
     assert changeover({64: one, 256: both}) == {"forward": 0, "backward": 256}
     assert changeover({64: both, 256: hardly}) == {"forward": 64, "backward": 256}

@@ -21,8 +21,8 @@ from .tiling import Tile, Tiling, cdiv, tuned_fast_rows
 FAST_ROWS = 800
 """Rows per expert up to which the fast path beats dequantizing. Forward and backward on an H100, ms: at 768 rows 2.51
 and 2.95 against 2.70 and 3.17, at 1024 3.12 and 3.91 against 3.29 and 4.00. Since then dequantizing takes 4 to 6 %
-less, and the fast path as much, by an H200's times; 800 was not measured. A card with faster memory changes over
-earlier, forward before backward; its tuned table says when."""
+less, and the fast path as much, in backward more, by an H200's times; 800 was not measured. A tuned table has a card's
+own numbers, chosen with a margin for uneven routing: an H200's are 512 forward and 896 backward."""
 
 PLAIN_ROWS = 40
 """The same for the plain path where dequantizing has no byte permutes either: 1.69 against 2.05 ms at 32 rows, 2.65
@@ -168,7 +168,8 @@ def has_byte_permute(device: torch.device) -> bool:
 
 
 # (rows per tile, first, second) by rows per expert; see ``Tile``. Low tiles wait for weights, so they are deep; higher
-# ones decode as little as registers allow. Shared memory stays below the 99 KB of consumer cards.
+# ones decode as little as registers allow. Shared memory stays below the 99 KB of consumer cards. At 4 and 5 rows
+# backward has forward's 16 rows a tile: in 32 it took 2 % longer on an H200, at 4.
 def _entry(block_m: int, first: Tuple, second: Tuple) -> Tuple[int, Tile, Tile]:
     return block_m, Tile(*first), Tile(*second)
 

@@ -33,7 +33,8 @@ GRAPHS_TURNS = 1.9
 FAST_ROWS, PLAIN_ROWS = 800, 40
 SCRATCH, LARGE_SCRATCH, LARGE_SCRATCH_ROWS = 64 * 2**20, 511 * 2**20, 256
 """As in the kernel's regime.py: up to how many rows per expert 4-bit weights are decoded in registers, and how much of
-them is decoded at a time where they are not."""
+them is decoded at a time where they are not. A card's tuned table may say otherwise, and then what one layer takes for
+the time of its forward or backward is more or less by up to half of its slots' rows and SCRATCH."""
 WINDOW = 64 * 2**20
 """As there: bytes up to which a product's rows, one a slot, exist whole; above, half of their columns do at a time."""
 HALF, SINGLE = 2, 4

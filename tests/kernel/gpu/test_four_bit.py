@@ -17,6 +17,7 @@ QUANTIZATIONS = [
 SIZES = dict(k=2, E=8, H=256, I=384)
 PROBLEMS = [  # so many rows per expert that each entry of the tables is used
     Problem(T=7, **SIZES),
+    Problem(T=18, **SIZES),
     Problem(T=33, **SIZES, imbalance="some_skipped"),
     Problem(T=120, **SIZES),
     Problem(T=700, **SIZES),

@@ -95,7 +95,7 @@ def test_fast_is_plain_at_odd_sizes(kernel, plans, way, quant_type, dtype):
 
 
 @pytest.mark.parametrize("ways", [("dequantize", "fast"), ("fast", "dequantize")], ids=str)
-@pytest.mark.parametrize("tokens", [77, 700])
+@pytest.mark.parametrize("tokens", [32, 700])
 def test_each_direction_may_go_a_way_of_its_own(kernel, plans, way, forget, monkeypatch, tokens, ways):
     """With few tokens in tiles of its own too, so that backward cannot read the table of forward's."""
     regime = importlib.import_module(f"{kernel.__name__}.regime")
@@ -103,7 +103,8 @@ def test_each_direction_may_go_a_way_of_its_own(kernel, plans, way, forget, monk
     monkeypatch.setattr(regime, "regime", lambda *arguments: ways[arguments[4]])
     forget()
     mixed = from_poison(step)
-    assert {plan.path for plan in plans} == set(ways)
+    assert (plans[0].path, plans[-1].path) == ways
+    assert tokens > 32 or plans[0].block_m != plans[-1].block_m
     way("plain")
     for name, want in from_poison(step).items():
         assert_close(f"{name} by {ways}", want, mixed[name], RATIO[torch.bfloat16])

@@ -197,8 +197,8 @@ def experts_backward(
 
 
 def _suits(table: Sequence[Tensor], slots: int, block_m: int) -> bool:
-    """Whether ``table``, offsets (E+1,) and tiles or nothing, is of tiles of ``block_m`` rows: those of another height
-    are more or fewer, or each of all rows of an expert either way."""
+    """Whether ``table``, offsets (E+1,) and tiles or nothing, is of tiles of ``block_m`` rows: of another height,
+    heights being powers of two, there are more or fewer, or each has all rows of an expert either way."""
     return bool(table) and table[1].shape[0] == slots // block_m + table[0].shape[0]
 
 

@@ -19,8 +19,12 @@ Decoding costs as much as multiplying, so this file spends as few instructions o
 
 On Hopper a product goes on while its threads do, and must have read its registers before the next weights come in
 their place; Triton forgets to wait (triton-lang/triton#9433). ``_settle`` waits as soon as the product is on its way.
-In backward's higher tiles the assembly waits, between looking weights up and writing them (5 % of backward from 2048
-tokens on; forward gains nothing, and lower tiles lose 2 %).
+In backward's tiles of 128 columns the assembly waits, between looking weights up and writing them (6 to 8 % of backward
+at 2048 to 8192 tokens). Elsewhere that would gain up to 1 %, or lose up to 6: nvidia-h200/waits.txt.
+
+To the compiler all assembly that decodes is a pure function, or it would not move changes of layout above it. That a
+wait among it stays behind the product before follows from its inputs, which are loaded after that has been issued;
+benchmarks/compile_report.py looks for writes that come too early in what Triton makes of it.
 """
 
 import functools
@@ -293,7 +297,7 @@ class FastWeight(NamedTuple):
         decode = decode_row(self.quant_type, self.dtype)
         if transposed:
             bits = tile.block_n // (2 * tile.num_warps)
-            wait = bits == 16 and _is_hopper(self.packed.device)
+            wait = bits == 16 and _is_hopper(self.packed.device)  # tiles of 128 columns by 4 warps
             decode = decode_two_rows(self.quant_type, self.dtype, bits, wait)
         return FastPointers(self.packed, self.table, self.scales), ("fast", decode, bits, self.permuted, wait)
 

@@ -2,7 +2,7 @@
 
 What a kernel does around this loop does not depend on how the matrix is stored. FORMAT says that: None for a dense
 stack, described here; for a packed one ("plain", blocksize, nested blocksize), described in ``four_bit``, or
-("fast", assembly, bits of a word), in ``four_bit_fast``.
+("fast", assembly, ..), in ``four_bit_fast``.
 
 Rows are read through pointers, so they may lie anywhere (``rows`` holds their numbers) and a gather costs nothing
 extra. Weights are read through pointers too or, where the card has a tensor memory accelerator, through a
