@@ -151,6 +151,20 @@ def test_the_slots_rows_are_gone_when_the_largest_gradient_comes(kernel, compile
     assert gradients + pre_activation.nbytes < max(found) < gradients + pre_activation.nbytes + slots_rows
 
 
+def test_backward_makes_a_tile_table_only_where_forward_s_is_of_another_height(kernel, compiler, monkeypatch):
+    layer, experts = make_layer(kernel, "trained"), importlib.import_module(f"{kernel.__name__}.kernels.experts")
+    layer.step()  # compiles
+    compiler.launched.clear()
+    layer.step()
+    assert compiler.launched and "_tile_table_kernel" not in compiler.launched
+    _, *saved = layer.forward()
+    plan = experts.plan
+    monkeypatch.setattr(experts, "plan", lambda *a, **k: (p := plan(*a, **k))._replace(block_m=2 * p.block_m))
+    compiler.launched.clear()
+    layer.backward(tuple(saved))
+    assert compiler.launched.count("_tile_table_kernel") == 1
+
+
 @pytest.mark.parametrize("block_n", [64, 128, 256])
 @pytest.mark.parametrize("columns", [2048, 2000, 77])
 def test_what_takes_much_memory_comes_in_halves_of_whole_blocks(regime, columns, block_n):
