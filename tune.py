@@ -9,6 +9,7 @@ that the card's shared memory cannot hold are cut down or left out before they a
 import argparse
 import importlib
 import json
+import statistics
 import sys
 from dataclasses import asdict, astuple, replace
 from itertools import takewhile
@@ -169,32 +170,36 @@ def tune_fast_rows(kernel, sizes):
     experts, hidden, width = sizes.experts, sizes.hidden, sizes.intermediate
     stacks = random_nf4(kernel, (experts, 2 * width, hidden)), random_nf4(kernel, (experts, hidden, width))
     choose, times = regime.regime, {}
+
+    def take(way):
+        regime.regime = lambda *_: way
+        form.forget()
+
     for count in DECODED_ROWS:
         tokens = count * experts // sizes.top_k
         scores = torch.randn(tokens, experts, device=DEVICE) + 0.5 * torch.randn(experts, device=DEVICE)
         weights, index = scores.softmax(-1).topk(sizes.top_k)
         x = torch.randn(tokens, hidden, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        grad = torch.randn_like(x)
-
-        def forward():
-            return kernel.fused_experts(x, index, weights, *stacks)  # noqa: B023
-
-        def both():
-            torch.autograd.grad(forward(), x, grad)  # noqa: B023
-
-        times[count] = {"forward": {}, "backward": {}}
-        for way in ("fast", "dequantize"):
-            regime.regime = lambda *_, way=way: way
-            form.forget()
-            first, whole = (
-                triton.testing.do_bench(run, warmup=50, rep=150, return_mode="median") for run in (forward, both)
-            )
-            times[count]["forward"][way] = round(first, 4)
-            times[count]["backward"][way] = round(whole - first, 4)
+        grad, out = torch.randn_like(x), kernel.fused_experts(x, index, weights, *stacks)
+        directions = {
+            "forward": lambda: kernel.fused_experts(x, index, weights, *stacks),  # noqa: B023
+            "backward": lambda: torch.autograd.grad(out, x, grad, retain_graph=True),  # noqa: B023
+        }
+        times[count] = {name: in_turns(run, take) for name, run in directions.items()}
         print(f"  {count} rows per expert: {times[count]}", flush=True)
     regime.regime = choose
     form.forget()
     return changeover(times), times
+
+
+def in_turns(run, take):
+    """Milliseconds of ``run`` after ``take(way)``, by way: in turns, as a GPU is slower when it has become warm."""
+    samples = {"fast": [], "dequantize": []}
+    for ways in (list(samples), list(samples)[::-1]) * 2:
+        for way in ways:
+            take(way)
+            samples[way].append(triton.testing.do_bench(run, warmup=25, rep=60, return_mode="median"))
+    return {way: round(statistics.median(each), 4) for way, each in samples.items()}
 
 
 def changeover(times):

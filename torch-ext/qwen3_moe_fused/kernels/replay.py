@@ -10,7 +10,7 @@ from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 
-from ..form import ByForm, form_of
+from ..form import ATOMS, ByForm, form_of
 from ..projection import Projection
 from .record import Recording
 
@@ -57,18 +57,19 @@ def _form(function: Callable, arguments: Tuple) -> Tuple[List[Tensor], Optional[
     """The tensors among ``arguments``, and the form of them all, None if one has none. Of tensors in a tuple only which
     are there and their dtypes: forward has saved them for backward, so their sizes follow from the others'. A hook that
     keeps saved tensors smaller may give back another dtype."""
-    tensors, flat = [], [function]
+    tensors, alone, others = [], [], [function]
     for value in arguments:
         if type(value) is Projection:
             if value.form is None:
                 return tensors, None
             tensors += value.tensors()
-            flat.append(value.form)
+            others.append(value.form)
         elif isinstance(value, tuple):
-            tensors += [x for x in value if isinstance(x, Tensor)]
-            flat += [x.dtype if isinstance(x, Tensor) else x for x in value]
+            tensors += [x for x in value if type(x) not in ATOMS]
+            others += [x if type(x) in ATOMS else x.dtype for x in value]
         else:
-            if isinstance(value, Tensor):
+            if type(value) not in ATOMS and isinstance(value, Tensor):
                 tensors.append(value)
-            flat.append(value)
-    return tensors, form_of(*flat)
+            alone.append(value)
+    form = form_of(*alone)
+    return tensors, form and (form, *others)
