@@ -22,7 +22,7 @@ FAST_ROWS = 800
 """Rows per expert up to which the fast path beats dequantizing. Forward and backward on an H100, ms: at 768 rows 2.51
 and 2.95 against 2.70 and 3.17, at 1024 3.12 and 3.91 against 3.29 and 4.00. Since then dequantizing takes 4 to 6 %
 less, and the fast path as much, in backward more, by an H200's times; 800 was not measured. A tuned table has a card's
-own numbers, chosen with a margin for uneven routing: an H200's are 512 forward and 896 backward."""
+own numbers, chosen with a margin for uneven routing: an H200's are 512 forward and 640 backward."""
 
 PLAIN_ROWS = 40
 """The same for the plain path where dequantizing has no byte permutes either: 1.69 against 2.05 ms at 32 rows, 2.65
