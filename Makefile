@@ -4,6 +4,8 @@ REPO := org/qwen3-moe-fused
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 TRITON := triton==3.6.0; platform_system == "Linux"
+# A test process for each core, up to eight, of one thread each: of more threads a test of small sizes gains little.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help test demo build lint publish clean
 
@@ -18,9 +20,9 @@ help:
 # The builder itself needs the newer kernels library; what it builds does not.
 test: build lint .compat/ready .publish/ready
 	@echo "== Tests: transformers and kernels of requirements.txt"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 	@echo "== Tests: transformers and kernels of requirements-compat.txt, with the same build"
-	@PYTHONPATH="$(CURDIR)/.compat" $(BIN)/python -m pytest -m compat --kernel-dir . --ignore tests/test_build.py \
+	@PYTHONPATH="$(CURDIR)/.compat" $(PYTEST) -m compat --kernel-dir . --ignore tests/test_build.py \
 	    --ignore tests/hub/test_publish.py $(ARGS)
 
 demo: build

@@ -16,6 +16,6 @@ def test_the_triton_kernels_hold_in_the_interpreter(kernel_dir):
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout

@@ -102,8 +102,11 @@ def test_any_problem_agrees_with_the_oracle(triton_kernel, problem, dtype, quant
     assert_adapted_experts_agree(triton_kernel, problem, "cpu", dtype, quantization)
 
 
-@pytest.mark.parametrize("imbalance", ["some_skipped", "one_takes_all"])
-@pytest.mark.parametrize("ways", [("dequantize", "plain"), ("plain", "dequantize")], ids=str)
+@pytest.mark.parametrize(
+    ("ways", "imbalance"),
+    [(("dequantize", "plain"), "some_skipped"), (("plain", "dequantize"), "one_takes_all")],
+    ids=str,
+)
 def test_each_direction_may_go_a_way_of_its_own(triton_kernel, monkeypatch, ways, imbalance):
     """In tiles of its own: backward cannot read the table of forward's."""
     regime, experts = (importlib.import_module(f"{triton_kernel.__name__}.{f}") for f in ("regime", "kernels.experts"))
@@ -144,8 +147,7 @@ def test_dequantize_gives_the_numbers_of_bitsandbytes(triton_kernel, quantizatio
     assert_decodes_to(ours, parameter, decoded(parameter, dtype))
 
 
-@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize(("quant_type", "nested"), [("nf4", True), ("fp4", False)], ids=["nf4 nested", "fp4"])
 def test_every_nibble_meets_scales_of_every_size(triton_kernel, quant_type, nested, dtype):
     parameter = every_byte(quant_type, nested)
     ours = triton_kernel.dequantize(triton_kernel.four_bit_weight(parameter), dtype)

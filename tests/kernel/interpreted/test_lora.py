@@ -81,9 +81,10 @@ def test_any_strides_give_the_same(launchers, halves, stored):
 
 
 @pytest.mark.parametrize(
-    ("problem", "quantization"), [(ODD, None), (replace(ODD, H=64, I=64), Quantization())], ids=["dense", "4 bit"]
+    ("problem", "quantization", "adapter"),
+    [(ODD, None, Adapter(halves=2)), (replace(ODD, H=64, I=64), Quantization(), Adapter(gate_up_rank=20))],
+    ids=["dense", "4 bit"],
 )
-@pytest.mark.parametrize("adapter", [Adapter(halves=2), Adapter(gate_up_rank=20)], ids=repr)
 def test_dropout_is_that_of_the_reference(kernel, launchers, dtype, problem, quantization, adapter):
     layer = AdaptedLayer(launchers, problem, adapter, dtype, 0.4, quantization=quantization)
     reference = kernel.reference

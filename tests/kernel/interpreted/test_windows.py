@@ -30,17 +30,13 @@ def layer_of(
     return layer
 
 
-ADAPTED = pytest.mark.parametrize("adapted", [True, False], ids=["adapters", "none"])
-
-
-@ADAPTED
 @pytest.mark.parametrize(
-    ("problem", "dtype"),
+    ("problem", "dtype", "adapted"),
     [
-        (RAGGED, torch.float16),
-        (RAGGED, torch.float32),
-        (WHOLE, torch.float16),
-        (Problem(T=1, k=4, H=129), torch.float16),
+        (RAGGED, torch.float16, True),
+        (RAGGED, torch.float32, False),
+        (WHOLE, torch.float16, True),
+        (Problem(T=1, k=4, H=129), torch.float16, False),
     ],
     ids=repr,
 )
@@ -48,7 +44,7 @@ def test_of_dense_weights(triton_kernel, launchers, problem, dtype, adapted):
     assert_halves_change_no_bit(triton_kernel, layer_of(launchers, problem, adapted, dtype))
 
 
-@ADAPTED
+@pytest.mark.parametrize("adapted", [True, False], ids=["adapters", "none"])
 def test_of_4_bit_weights(triton_kernel, launchers, way, adapted):
     way("plain")
     layer = layer_of(launchers, WHOLE, adapted, torch.float16, Quantization())
