@@ -104,8 +104,11 @@ def test_transformers_loads_what_it_saved_after_a_way_through_every_layout(tmp_p
             assert torch.equal(again(input_ids).logits, model(input_ids).logits)
 
 
-@pytest.mark.parametrize("first, to", [("per-expert", "stacked"), ("stacked", "per-expert")])
-@pytest.mark.parametrize("pack", [lambda tensors: tensors, in_4_bit], ids=["dense", "4 bit"])
+@pytest.mark.parametrize(
+    ("first", "to", "pack"),
+    [("per-expert", "stacked", lambda tensors: tensors), ("stacked", "per-expert", in_4_bit)],
+    ids=["dense", "4 bit"],
+)
 def test_memory_stays_under_one_stack_of_experts(tmp_path, first, to, pack):
     """2 layers in 2 files, converted in a process that reports its peak."""
     script = """

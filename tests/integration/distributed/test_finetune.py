@@ -42,7 +42,6 @@ def text(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("config", "bits", "trainer", "checkpointing"),
     [
-        ("ddp", 4, "trainer", []),
         ("ddp", 4, "trainer", ["--gradient-checkpointing", "--graphs"]),
         ("ddp", 4, "sft", []),
         ("fsdp2", 4, "trainer", []),
