@@ -193,6 +193,7 @@ def test_backward_goes_by_the_strides_that_saved_tensors_come_back_with(kernel, 
     for came_back in (leaves, leaves, leaves, [(weight, A, B.contiguous()) for weight, A, B in leaves]):
         rest = [projection.without_leaves() for projection in layer.projections]
         projections = [projection.with_leaves(*each) for projection, each in zip(rest, came_back)]
+        assert [p.form for p in projections] == [p.of(p.weight, p.lora).form for p in projections]
         arguments = layer.backward_arguments(tuple(saved))
         arguments = (*arguments[:4], *projections, *arguments[6:])
         trace, _ = trace_of(kernel, compiler, "backward", arguments)

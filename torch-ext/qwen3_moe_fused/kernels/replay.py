@@ -72,4 +72,4 @@ def _form(function: Callable, arguments: Tuple) -> Tuple[List[Tensor], Optional[
                 tensors.append(value)
             alone.append(value)
     form = form_of(*alone)
-    return tensors, form and (form, *others)
+    return tensors, None if form is None else (form, *others)
