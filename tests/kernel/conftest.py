@@ -33,7 +33,7 @@ def compiler(kernel, absent_card, monkeypatch) -> Iterator:
 
     form, launch = (importlib.import_module(f"{kernel.__name__}.{name}") for name in ("form", "kernels.launch"))
     monkeypatch.setattr(triton.JITFunction, "_do_compile", lambda kernel, *args: absent_card.compile(kernel, *args))
-    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_launchers", {})
     yield absent_card
     form.forget()
 

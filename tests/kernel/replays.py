@@ -40,6 +40,12 @@ def replayed_step(kernel, layer: Layer) -> None:
     replayed_call(kernel, "backward", layer.backward_arguments(tuple(saved)))
 
 
+def share_at_most(kernel, monkeypatch, at_once: int = 0, small: int = 0) -> None:
+    """Bytes of the allocation that a replay makes for others: for all, or for the smallest."""
+    for name, size in (("AT_ONCE", at_once), ("SMALL", small)):
+        monkeypatch.setattr(module(kernel, "record"), name, size)
+
+
 def tensors_in(values: tuple) -> Iterator[torch.Tensor]:
     for value in values:
         if isinstance(value, tuple):
@@ -76,7 +82,7 @@ def trace_of(kernel, compiler, direction: str, arguments: tuple) -> tuple[list, 
     """What a call launches and returns, with addresses named by whose they are; and its results. Its kernels have been
     compiled."""
     first = len(compiler.launched)
-    with allocations() as made, mock.patch.object(module(kernel, "record"), "SMALL", 0):
+    with allocations() as made, mock.patch.multiple(module(kernel, "record"), AT_ONCE=0, SMALL=0):
         results = replayed_call(kernel, direction, arguments)
     names = {tensor.data_ptr(): f"argument {i}" for i, tensor in enumerate(tensors_in(arguments))}
 

@@ -19,6 +19,7 @@ from .replays import (
     make_layer,
     replayed_call,
     replayed_step,
+    share_at_most,
     tensors_in,
     values_of,
 )
@@ -149,13 +150,13 @@ def test_nothing_is_kept_but_results(kernel, compiler, replays, kind, tokens, re
     assert replays == [True]
 
 
-@pytest.mark.parametrize("tokens, small", [(24, 2**23), (24, 2**13), (MANY, 2**23), (MANY, 2**20)])
+@pytest.mark.parametrize("tokens, at_once, small", [(24, 2**23, 0), (24, 0, 2**13), (MANY, 2**23, 0), (MANY, 0, 2**20)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("call", ["inference", "forward", "backward"])
 def test_what_ends_with_a_call_shares_an_allocation(
-    kernel, compiler, replays, call, kind, tokens, small, request, monkeypatch
+    kernel, compiler, replays, call, kind, tokens, at_once, small, request, monkeypatch
 ):
-    monkeypatch.setattr(module(kernel, "record"), "SMALL", small)
+    share_at_most(kernel, monkeypatch, at_once, small)
     if tokens == MANY:
         request.getfixturevalue("many")
     layer = make_layer(kernel, kind, tokens)
@@ -189,9 +190,9 @@ def test_what_ends_with_a_call_shares_an_allocation(
     (whole,) = [x for x in others_made if x.dtype == torch.uint8 and x.data_ptr() not in returned]
     inside = [(start, end) for start, end in spans if holds(whole, start)]
     assert all((start - whole.data_ptr()) % 512 == 0 for start, _ in inside), "as PyTorch's allocations are"
-    assert whole.nbytes == sum(-(-(end - start) // 512) * 512 for start, end in inside) <= small
+    assert whole.nbytes == sum(-(-(end - start) // 512) * 512 for start, end in inside) <= max(at_once, small)
     apart = [x.nbytes for x in others_made if x is not whole and x.data_ptr() not in returned]
-    assert max(end - start for start, end in inside) <= min(apart, default=small) and (small < 2**23 or not apart)
+    assert not apart if at_once else max(end - start for start, end in inside) <= min(apart)
 
 
 @pytest.mark.parametrize("tokens", [24, MANY])
@@ -201,7 +202,7 @@ def test_no_more_memory_at_any_time(kernel, compiler, replays, kind, tokens, req
     if tokens == MANY:
         request.getfixturevalue("many")
 
-    monkeypatch.setattr(module(kernel, "record"), "SMALL", 0)  # that much more, see above
+    share_at_most(kernel, monkeypatch)  # that much more, see above
 
     def peaks() -> list[int]:
         layer = make_layer(kernel, kind, tokens)
@@ -220,7 +221,7 @@ def test_no_more_memory_at_any_time(kernel, compiler, replays, kind, tokens, req
 @pytest.mark.parametrize("tokens", [24, MANY])
 @pytest.mark.parametrize("kind", KINDS)
 def test_launches_are_given_memory_that_is_there(kernel, compiler, replays, kind, tokens, request, monkeypatch):
-    monkeypatch.setattr(module(kernel, "record"), "SMALL", 2**13)
+    share_at_most(kernel, monkeypatch, small=2**13)
     if tokens == MANY:
         request.getfixturevalue("many")
     living, addresses = {}, set()

@@ -175,7 +175,7 @@ def test_as_many_forms_as_there_are_lengths_of_batches_are_not_all_kept(kernel, 
 def test_a_kernel_that_is_compiled_meanwhile_is_no_part_of_a_record(kernel, compiler, replays):
     arguments = make_layer(kernel, "dense").forward_arguments()
     replayed_call(kernel, "forward", arguments)
-    module(kernel, "launch")._compiled.clear()
+    module(kernel, "launch")._launchers.clear()
     compiler.launched.clear()
     for _ in range(3):
         replayed_call(kernel, "forward", arguments)

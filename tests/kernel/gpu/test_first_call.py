@@ -53,7 +53,7 @@ def _forget(kernel) -> None:
         for function in vars(module).values():
             if isinstance(function, triton.JITFunction):
                 function.device_caches.clear()
-    importlib.import_module(f"{package.__name__}.launch")._compiled.clear()
+    importlib.import_module(f"{package.__name__}.launch")._launchers.clear()
     importlib.import_module(f"{kernel.__name__}.form").forget()
 
 

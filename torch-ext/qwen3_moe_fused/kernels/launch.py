@@ -7,7 +7,7 @@ that it does. Kernels that are missing are compiled together with others, see ``
 """
 
 import threading
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import torch
 import triton
@@ -17,7 +17,30 @@ from . import first_call
 
 Tensor = torch.Tensor
 
-_compiled: Dict[Tuple, Any] = {}
+
+class Launcher(NamedTuple):
+    """What launches a compiled kernel: a function of the grid, the stream, ``between`` and the kernel's arguments."""
+
+    function: Callable
+    between: Tuple
+
+    @staticmethod
+    def of(compiled: Any) -> "Launcher":
+        """Given tensors, either function would ask each for its address once more, and the driver about the address.
+
+        ``compiled[grid](...)`` would look for launch hooks on top, which Triton's profiler alone sets: 2 us. And what
+        Triton 3.6 calls is Python around a function in C. It allocates scratch memory, of which these kernels need
+        none, and passes all else on: 1 us more.
+        """
+        run, rest = compiled.run, (compiled.packed_metadata, None, None, None)
+        if _RUN_PASSES_ON and not getattr(run, "global_scratch_size", 1) and not run.profile_scratch_size:
+            between = compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest
+            return Launcher(run.launch, between)
+        return Launcher(run, (compiled.function, *rest))
+
+
+_RUN_PASSES_ON = triton.__version__.startswith("3.6.")
+_launchers: Dict[Tuple, Launcher] = {}
 
 
 class _Thread(threading.local):
@@ -54,22 +77,17 @@ def launch(
     addresses, traits = specialize(pointers, counts, constants)
     device = torch.cuda.current_device()
     key = (kernel.__name__, num_warps, num_stages, device, *traits)
-    compiled = _compiled.get(key)
-    if compiled is None or first_call.rehearsing:
+    launcher = _launchers.get(key)
+    if launcher is None or first_call.rehearsing:
         arguments = (*pointers, *counts, *constants)
         options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
-        if not first_call.intercepts(kernel, grid, arguments, options, compiled is not None):
-            _compiled[key] = kernel[grid](*arguments, **options)
+        if not first_call.intercepts(kernel, grid, arguments, options, launcher is not None):
+            _launchers[key] = Launcher.of(kernel[grid](*arguments, **options))
     else:
-        # ``compiled[grid](...)`` without its 2 us for launch hooks, which Triton's profiler alone sets. Given tensors,
-        # it would ask each for its address once more, and the driver about the address.
         stream = driver.active.get_current_stream(device)
-        compiled.run(
-            *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
-            *addresses, *counts, *constants,
-        )  # fmt: skip
+        launcher.function(*grid, stream, *launcher.between, *addresses, *counts, *constants)
     if thread.recording is not None:
-        thread.recording.launched(compiled, grid, (*pointers, *counts, *constants))
+        thread.recording.launched(launcher, grid, (*pointers, *counts, *constants))
 
 
 def specialize(pointers: Tuple, counts: Tuple[int, ...], constants: Tuple) -> Tuple[List, Tuple]:

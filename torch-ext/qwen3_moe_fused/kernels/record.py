@@ -7,7 +7,8 @@ two where they were one.
 """
 
 from dataclasses import replace
-from operator import itemgetter
+from functools import reduce
+from operator import itemgetter, or_
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -16,7 +17,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tiling import cdiv
-from .launch import thread
+from .launch import Launcher, thread
 
 Tensor = torch.Tensor
 Place = int
@@ -25,9 +26,10 @@ Place = int
 ALIGNMENT = 16
 """Bytes. Whether an address is a multiple is all that code and compiled kernels depend on."""
 
-SMALL = 8 * 2**20
-"""Bytes, at most, of an allocation that a replay makes for all that ends with the call, or the smallest of it: one each
-would take the host longer. What is left is allocated when a launch is first given it, and freed after the last."""
+AT_ONCE, SMALL = 24 * 2**20, 8 * 2**20
+"""Bytes of one allocation that a replay makes in the place of many, which would take the host longer: for all that ends
+with the call, if it fits in AT_ONCE, else for the smallest of it, SMALL at most. What is left is allocated when a launch is
+first given it, and freed after the last."""
 
 PIECE = 512
 """Bytes. PyTorch gives out a GPU's memory in multiples of them, and so does a replay in that allocation."""
@@ -37,6 +39,7 @@ class Launch(NamedTuple):
     """In the order in which it happens; the last are allocations that nobody reads any more."""
 
     allocations: List[Tuple[Place, Tuple[int, ...], torch.dtype]]
+    moved: List[Tuple[Place, Place, int]]  # an address that is another's plus so many bytes
     made: List[Tuple[Place, Callable[[List], Any]]]  # of what stands in the table by then
     run: Callable
     arguments: itemgetter
@@ -57,24 +60,29 @@ class Record(NamedTuple):
     def replay(self, tensors: List[Tensor]) -> Optional[Tuple]:
         """The call's results with these arguments; None if they do not lie in memory as the recorded ones did."""
         addresses = [tensor.data_ptr() for tensor in tensors]
-        together = 0
-        for address in addresses:
-            together |= address
-        if together % ALIGNMENT or any([addresses[i] != addresses[j] for i, j in self.same]):
+        if reduce(or_, addresses) % ALIGNMENT:
             return None
-        table, held = addresses + self.table, dict(enumerate(tensors))
+        for i, j in self.same:
+            if addresses[i] != addresses[j]:
+                return None
+        table, held = addresses + self.table, {}
         device = tensors[0].device
         table[self.stream] = driver.active.get_current_stream(device.index)
-        for allocations, made, run, arguments, freed in self.launches:
+        for allocations, moved, made, run, arguments, freed in self.launches:
             for place, shape, dtype in allocations:
                 held[place] = tensor = torch.empty(*shape, dtype=dtype, device=device)
                 table[place] = tensor.data_ptr()
+            for place, base, offset in moved:
+                table[place] = table[base] + offset
             for place, make in made:
                 table[place] = make(table)
             run(*arguments(table))
             for place in freed:
                 del held[place]
-        return self.make_results([None if place is None else held[place] for place in self.results])
+        count = len(tensors)
+        return self.make_results(
+            [None if place is None else tensors[place] if place < count else held[place] for place in self.results]
+        )
 
 
 _aten = torch.ops.aten
@@ -121,18 +129,17 @@ class Recording(TorchDispatchMode):
             self.complete &= func.overloadpacket in _VIEW
         return result
 
-    def launched(self, compiled: Any, grid: Tuple[int, ...], arguments: Tuple) -> None:
-        """``compiled`` is None if it was not when the launch was asked for."""
-        made = []
-        places = [self._argument(value, made) for value in arguments]
-        if compiled is None or None in places:
+    def launched(self, launcher: Optional[Launcher], grid: Tuple[int, ...], arguments: Tuple) -> None:
+        """``launcher`` is None if the kernel was not compiled when the launch was asked for."""
+        moved, made = [], []
+        places = [self._argument(value, moved, made) for value in arguments]
+        if launcher is None or None in places:
             self.complete = False
             return
-        grid, kernel = map(self._place, grid), (compiled.function, compiled.packed_metadata, None, None, None)
-        places = (*grid, self.stream, *map(self._place, kernel), *places)
-        self.launches.append(Launch([], made, compiled.run, itemgetter(*places), []))
+        places = (*map(self._place, grid), self.stream, *map(self._place, launcher.between), *places)
+        self.launches.append(Launch([], moved, made, launcher.function, itemgetter(*places), []))
 
-    def _argument(self, value: Any, made: List) -> Optional[Place]:
+    def _argument(self, value: Any, moved: List, made: List) -> Optional[Place]:
         """Its place; None if nobody knows what it would be in another call."""
         if _is_fixed(value):
             return self._place(value)
@@ -143,12 +150,13 @@ class Recording(TorchDispatchMode):
                 self.readers[place].append(len(self.launches))
             if not offset:
                 return place
-            make = _moved(place, offset)
+            moved.append((self._place(None), place, offset))
+            return moved[-1][0]
         elif isinstance(value, TensorDescriptor):
-            place = self._argument(value.base, made)
+            place = self._argument(value.base, moved, made)
             make = place is not None and _descriptor(place, value)
         elif isinstance(value, tuple) and len(value) > 1:  # of one place, itemgetter makes no tuple
-            places = [self._argument(part, made) for part in value]
+            places = [self._argument(part, moved, made) for part in value]
             make = None not in places and itemgetter(*places)
         if not make:
             return None
@@ -182,16 +190,17 @@ class Recording(TorchDispatchMode):
         return Record(self.table, self.stream, self.same, self.launches, places, make_results)
 
     def _share(self, temporary: List[Place]) -> List[Place]:
-        """Has the smallest of them lie side by side in one allocation; returns which."""
+        """Has them, or the smallest of them, lie side by side in one allocation; returns which."""
         whole, end, shared = self._place(None), 0, []
+        most = AT_ONCE if sum([self.bytes[place] for place in temporary]) <= AT_ONCE else SMALL
         for place in sorted(temporary, key=self.bytes.get):
-            if end + self.bytes[place] <= SMALL:
-                shared.append((place, _moved(whole, end)))
+            if end + self.bytes[place] <= most:
+                shared.append((place, whole, end))
                 end += self.bytes[place]
         if shared:
             self.launches[0].allocations.append((whole, (end,), torch.uint8))
-            self.launches[0].made[:0] = shared
-        return [place for place, _ in shared]
+            self.launches[0].moved[:0] = shared
+        return [place for place, *_ in shared]
 
     def _result(self, tensor: Tensor) -> Optional[Place]:
         place, _ = self._whose(tensor)
@@ -206,10 +215,6 @@ class Recording(TorchDispatchMode):
 def _is_fixed(value: Any) -> bool:
     """Whether it is part of the form, or follows from it."""
     return isinstance(value, (int, float, str, type(None))) or (isinstance(value, tuple) and all(map(_is_fixed, value)))
-
-
-def _moved(place: Place, offset: int) -> Callable[[List], int]:
-    return lambda table: table[place] + offset
 
 
 class _Base(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, Callable, List, Optional, Tuple
 import torch
 
 from ..form import ATOMS, ByForm, form_of
-from ..projection import Projection
+from ..projection import Gradients, Projection
 from .record import Recording
 
 Tensor = torch.Tensor
@@ -27,7 +27,7 @@ theirs and leave in turns it stays set, and torch.compile may compile nothing an
 def replayed(function: Callable[..., Tuple], *arguments: Any) -> Tuple:
     """``function(*arguments)``, which launches kernels on the current device and returns a tuple of tensors and None.
 
-    Arguments are tensors, projections, tuples of tensors and None, and what can be hashed.
+    Arguments are tensors, projections, tuples of tensors and None, which gradients are wanted, and what can be hashed.
     """
     tensors, form = _form(function, arguments)
     if form is None:
@@ -64,6 +64,8 @@ def _form(function: Callable, arguments: Tuple) -> Tuple[List[Tensor], Optional[
                 return tensors, None
             tensors += value.tensors()
             others.append(value.form)
+        elif type(value) is Gradients:
+            others.append(value)
         elif isinstance(value, tuple):
             tensors += [x for x in value if type(x) not in ATOMS]
             others += [x if type(x) in ATOMS else x.dtype for x in value]
