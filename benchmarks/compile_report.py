@@ -161,7 +161,9 @@ def compile_card(arch: int, options: argparse.Namespace) -> list[dict]:
         for file in ("routing", "combine", "gate_up", "linear", "down_backward", "four_bit_fast", "dequantize", "gemv",
                      "weight_grad", "adapter", "product", "experts")
     }  # fmt: skip
-    regime, tiling, projection = (importlib.import_module(f"{name}.{f}") for f in ("regime", "tiling", "projection"))
+    regime, tiling, projection, routed = (
+        importlib.import_module(f"{name}.{file}") for file in ("regime", "tiling", "projection", "routed")
+    )
     compiler = Compiler(importlib.import_module(f"{name}.kernels.launch").specialize)
     for module in modules.values():
         if hasattr(module, "launch"):
@@ -175,13 +177,15 @@ def compile_card(arch: int, options: argparse.Namespace) -> list[dict]:
         regime.fast_rows.cache_clear()
         for compiler.layer in options.layers:
             before = len(compiler.records)
-            run_layer(LAYERS[compiler.layer], projection, modules["experts"], options)
+            run_layer(LAYERS[compiler.layer], projection, modules["experts"], routed, options)
             found = len(compiler.records) - before
             print(f"sm_{arch}, tiles of {card}: {compiler.layer}, {found} more kernels", flush=True)
     return list(compiler.records.values())
 
 
-def run_layer(layer: Layer, projection: ModuleType, experts: ModuleType, options: argparse.Namespace) -> None:
+def run_layer(
+    layer: Layer, projection: ModuleType, experts: ModuleType, routed: ModuleType, options: argparse.Namespace
+) -> None:
     """Forward alone, forward and backward, and forward again by gradient checkpointing, at each number of rows."""
     hidden, width, top_k = options.hidden, options.intermediate, options.top_k
     gate_up, down = (
@@ -198,7 +202,9 @@ def run_layer(layer: Layer, projection: ModuleType, experts: ModuleType, options
         experts.experts_forward(*inputs, "silu", True, False)
         _, *saved = experts.experts_forward(*inputs, "silu", True)
         experts.experts_backward(x, *inputs, tuple(saved), "silu", wanted)
-        experts.experts_backward(x, *inputs, tuple(saved[:5]), "silu", wanted)  # without a tile table, as the op
+        *others, table = saved
+        table = routed.sorted_part(table, tokens * top_k, options.experts)  # without a tile table, as by the op
+        experts.experts_backward(x, *inputs, (*others, table), "silu", wanted)
 
 
 def stack(layer: Layer, projection: ModuleType, experts: int, n: int, k: int):

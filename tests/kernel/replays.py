@@ -84,7 +84,8 @@ def trace_of(kernel, compiler, direction: str, arguments: tuple) -> tuple[list, 
     first = len(compiler.launched)
     with allocations() as made, mock.patch.multiple(module(kernel, "record"), AT_ONCE=0, SMALL=0):
         results = replayed_call(kernel, direction, arguments)
-    names = {tensor.data_ptr(): f"argument {i}" for i, tensor in enumerate(tensors_in(arguments))}
+    given = [*tensors_in(arguments)]
+    names = {tensor.data_ptr(): f"argument {i}" for i, tensor in enumerate(given)}
 
     def named(value):
         if isinstance(value, tuple):
@@ -93,7 +94,7 @@ def trace_of(kernel, compiler, direction: str, arguments: tuple) -> tuple[list, 
             fields = vars(value).items()
             return tuple((name, named(x.data_ptr()) if name == "base" else x) for name, x in fields)
         address = value.data_ptr() if isinstance(value, torch.Tensor) else value
-        for tensor in made:
+        for tensor in (*given, *made):
             if isinstance(address, int) and holds(tensor, address):
                 start = tensor.data_ptr()
                 return names.setdefault(start, f"memory {len(names)}"), address - start

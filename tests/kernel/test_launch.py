@@ -1,6 +1,7 @@
 """The launcher's key: two calls that Triton would compile differently never share a compiled kernel."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import make_backend
+from triton.runtime import _allocation
 from triton.runtime.jit import create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -42,6 +45,28 @@ ARGUMENTS = st.tuples(
     st.sampled_from(["silu", "gelu"]),
     st.sampled_from([16, 32]),
 )
+
+
+class _Compiled(SimpleNamespace):
+    function, packed_metadata = 7, (1, 2)
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="the way around is Triton 3.6's alone")
+@pytest.mark.parametrize("scratch", [0, 128])
+def test_a_launcher_gives_the_driver_what_triton_would(kernel, scratch, monkeypatch):
+    launch, given = importlib.import_module(f"{kernel.__name__}.kernels.launch"), []
+    run = object.__new__(CudaLauncher)
+    run.launch = lambda *arguments: given.append(arguments)
+    run.launch_cooperative_grid, run.launch_pdl, run.num_ctas = False, True, 1
+    run.global_scratch_size, run.global_scratch_align = scratch, 16
+    run.profile_scratch_size, run.profile_scratch_align = 0, 1
+    monkeypatch.setattr(_allocation, "_allocator", SimpleNamespace(get=lambda: lambda *size: f"{size[0]} bytes"))
+    compiled = _Compiled(run=run)
+    launcher = launch.Launcher.of(compiled)
+    launcher.function(4, 2, 1, 99, *launcher.between, 0x100, 16, "silu")
+    compiled.run(4, 2, 1, 99, compiled.function, compiled.packed_metadata, None, None, None, 0x100, 16, "silu")
+    assert given[0] == given[1] and (launcher.function == run.launch) == (scratch == 0)
+    assert f"{8 * scratch} bytes" in given[0] or not scratch
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,13 @@ def _inside_of_memory(launch, x):
 
 
 def _inside_of_an_argument(launch, x):
-    """Another argument may lie there, too; in another call it would not."""
     launch(x[:, 4:], out := torch.empty_like(x))
+    return (out,)
+
+
+def _inside_of_what_two_share(launch, x, y):
+    """In another call, the other may lie elsewhere."""
+    launch(y[:, 4:], out := torch.empty_like(x))
     return (out,)
 
 
@@ -90,8 +95,8 @@ def _no_launch(launch, x):
     return (torch.empty_like(x),)
 
 
-CAN = [_whole, _inside_of_memory]
-CANNOT = [_inside_of_an_argument, _written_by_pytorch, _made_by_pytorch, _empty, _elsewhere, _part, _other_shape]
+CAN = [_whole, _inside_of_memory, _inside_of_an_argument]
+CANNOT = [_inside_of_what_two_share, _written_by_pytorch, _made_by_pytorch, _empty, _elsewhere, _part, _other_shape]
 CANNOT += [_other_dtype, _other_strides, _view_of_an_argument, _no_launch]
 
 
@@ -103,8 +108,10 @@ def test_what_can_be_replayed_and_what_cannot(kernel, compiler, replays, functio
         launcher.launch(kernels._combine_kernel, (1,), 4, 1, (x, x, x, out), (), 8, 1, E, *[1] * 5)
 
     for _ in range(5):
-        (result,) = module(kernel, "replay").replayed(function, launch, x := torch.empty(8, 8))
-        (expected,) = function(launch, x)
+        x = torch.empty(16, 8)
+        tensors = (x[:8], x[8:]) if function is _inside_of_what_two_share else (torch.empty(8, 8),)
+        (result,) = module(kernel, "replay").replayed(function, launch, *tensors)
+        (expected,) = function(launch, *tensors)
         assert [f(result) for f in (torch.Tensor.size, torch.Tensor.stride)] == [
             f(expected) for f in (torch.Tensor.size, torch.Tensor.stride)
         ]

@@ -38,7 +38,7 @@ import torch
 
 from .backends import BACKWARD
 from .checks import check_activation, check_device, check_dims, check_float, check_integer, check_like, check_size
-from .experts_op import SAVED_BY_OP, backward_op, forward_op
+from .experts_op import backward_op, forward_op
 from .form import ByForm, form_of
 from .kept import run_forward
 from .projection import FourBitWeight, Gradients, Lora, Projection, Weight, check_lora, check_weight
@@ -192,7 +192,7 @@ class FusedExperts(torch.autograd.Function):
         wanted = ctx.needs_input_grad[-LEAVES:]
         if torch.is_grad_enabled():
             # create_graph: the op must be in the graph, it refuses a second derivative, which would be wrong.
-            saved = [hidden_states.new_empty(0) if x is None else x for x in saved[: SAVED_BY_OP - 1]]
+            saved = [hidden_states.new_empty(0) if x is None else x for x in saved]
             grads = backward_op(*tokens, *gate_up.flatten(), *down.flatten(), seed, activation, *saved, list(wanted))
         else:
             grads = BACKWARD[grad_output.device.type](

@@ -11,10 +11,11 @@ import torch
 from ._ops import add_op_namespace_prefix
 from .backends import BACKWARD, FORWARD
 from .projection import FLAT, Gradients, Projection, empty_gradients, unflatten
+from .routed import new_sorted, sorted_part
 
 Tensor = torch.Tensor
 
-SAVED_BY_OP = 6  # out, pre_activation, two low_rank, order, m_sizes; see _run_forward
+RESULTS = 5  # out, pre_activation, two low_rank, routed
 
 
 _PROJECTION = (
@@ -25,7 +26,7 @@ _LAYER = (
     "Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, "
     f"{_PROJECTION.format('gate_up')}, {_PROJECTION.format('down')}, Tensor? seed, str activation"
 )
-_SAVED = "Tensor pre_activation, Tensor low_rank_gate_up, Tensor low_rank_down, Tensor order, Tensor m_sizes"
+_SAVED = "Tensor pre_activation, Tensor low_rank_gate_up, Tensor low_rank_down, Tensor routed"
 
 
 def _op(name: str, arguments: str, results: int):
@@ -34,7 +35,7 @@ def _op(name: str, arguments: str, results: int):
     return torch.library.custom_op(add_op_namespace_prefix(name), mutates_args=(), device_types="cuda", schema=schema)
 
 
-@_op("fused_experts", f"{_LAYER}, bool save", results=SAVED_BY_OP)
+@_op("fused_experts", f"{_LAYER}, bool save", results=RESULTS)
 def forward_op(*inputs):
     return _run_forward("cuda", *inputs)
 
@@ -45,11 +46,14 @@ def backward_op(*inputs):
 
 
 def _run_forward(device: str, hidden_states, top_k_index, top_k_weights, *rest) -> Tuple[Tensor, ...]:
-    """The op. Its results are tensors, and their number and sizes follow from its arguments alone: it leaves out the
-    tile table, and an empty tensor stands for what there is not."""
+    """The op. Its results are tensors whose sizes follow from its arguments alone: of ``routed`` it leaves out the tile
+    table, and an empty tensor stands for what there is not."""
     projections, (seed, activation, save) = _projections(rest, hidden_states.dtype)
     results = FORWARD[device](hidden_states, top_k_index, top_k_weights, *projections, seed, activation, save)
-    return tuple(hidden_states.new_empty(0) if x is None else x for x in results[:SAVED_BY_OP])
+    *others, routed = [hidden_states.new_empty(0) if x is None else x for x in results]
+    if save:
+        routed = sorted_part(routed, top_k_index.numel(), projections[0].weight.shape[0])
+    return *others, routed
 
 
 def _run_backward(device: str, grad_output, hidden_states, top_k_index, top_k_weights, *rest) -> Tuple[Tensor, ...]:
@@ -75,11 +79,10 @@ def _(hidden_states, top_k_index, top_k_weights, *rest):
     (gate_up, down), (_, _, save) = _projections(rest, hidden_states.dtype)
     slots = top_k_index.numel()
     widths = gate_up.weight.shape[1], gate_up.low_rank_width, down.low_rank_width
-    sizes = slots, gate_up.weight.shape[0]
     return (
         hidden_states.new_empty(hidden_states.shape),
         *(hidden_states.new_empty((slots, width) if save and width else 0) for width in widths),
-        *(top_k_index.new_empty(size, dtype=torch.int32) if save else hidden_states.new_empty(0) for size in sizes),
+        new_sorted(top_k_index, gate_up.weight.shape[0]) if save else hidden_states.new_empty(0),
     )
 
 

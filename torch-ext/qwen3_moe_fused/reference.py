@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .projection import FourBitWeight, Gradients, Lora, Projection, Weight, empty_gradients
+from .routed import new_sorted, order_of
 
 Tensor = torch.Tensor
 
@@ -68,7 +69,7 @@ def experts_forward(
     pre_activation: Optional[Tensor] = None,
 ) -> Tuple[Tensor, ...]:
     """out (T, H), of NaN unless ``result``; and for backward, None unless ``save``, pre_activation (S, 2I),
-    low_rank_gate_up (S, R) and low_rank_down (S, R), None without an adapter, order (S,), m_sizes (E,).
+    low_rank_gate_up (S, R) and low_rank_down (S, R), None without an adapter, and ``routed``.
 
     ``pre_activation`` is saved in the place of that name, if one is given."""
     tokens, k = top_k_index.shape
@@ -88,7 +89,10 @@ def experts_forward(
     out = combine(slots, top_k_weights, top_k_index, gate_up.weight.shape[0])
     if not result:
         out.fill_(torch.nan)  # whoever reads it shall notice
-    saved = (pre_activation, *(x if x.shape[1] else None for x in low_rank), order, m_sizes)
+    routed = new_sorted(top_k_index, gate_up.weight.shape[0]).zero_()
+    for to, tensor in zip(order_of(routed, tokens * k, gate_up.weight.shape[0]), (order, m_sizes)):
+        to.copy_(tensor)
+    saved = (pre_activation, *(x if x.shape[1] else None for x in low_rank), routed)
     return out, *(saved if save else [None] * len(saved))
 
 
@@ -105,18 +109,19 @@ def experts_backward(
     wanted: Gradients,
 ) -> Gradients:
     """The gradients that ``wanted`` names; the others have size 0."""
-    pre_activation, low_rank_gate_up, low_rank_down, order, m_sizes = saved
+    pre_activation, low_rank_gate_up, low_rank_down, routed = saved
     tokens, k = top_k_index.shape
+    order, m_sizes = order_of(routed, tokens * k, gate_up.weight.shape[0])
     grads = empty_gradients(hidden_states, top_k_weights, gate_up, down, wanted, Tensor.new_zeros)
     slots = grad_output.new_zeros(tokens * k, hidden_states.shape[1])
     for expert, rows, slot in _slot_groups(order, m_sizes):
-        routed = _wide(top_k_weights.reshape(-1)[slot])[:, None]
+        share = _wide(top_k_weights.reshape(-1)[slot])[:, None]
         grad = grad_output[slot // k]
         gate, up = _wide(pre_activation[rows]).chunk(2, dim=-1)
         activated, slope = _activate(gate, activation)
         intermediate = activated * up
         grad_intermediate = _wide(_project_back(grad, down, expert, slot, seed, stream=1))
-        grad_pre_activation = torch.cat((slope * up, activated), dim=-1) * (routed * grad_intermediate).repeat(1, 2)
+        grad_pre_activation = torch.cat((slope * up, activated), dim=-1) * (share * grad_intermediate).repeat(1, 2)
         grad_pre_activation = grad_pre_activation.to(grad.dtype)
         grads.top_k_weights.view(-1)[slot] = (intermediate * grad_intermediate).sum(1).to(top_k_weights.dtype)
         if wanted.hidden_states:
@@ -124,7 +129,7 @@ def experts_backward(
         if wanted.gate_up_proj:
             grads.gate_up_proj[expert] = grad_pre_activation.t() @ hidden_states[slot // k]
         if wanted.down_proj:
-            grads.down_proj[expert] = grad.t() @ (routed * intermediate).to(grad.dtype)
+            grads.down_proj[expert] = grad.t() @ (share * intermediate).to(grad.dtype)
         if wanted.gate_up_A or wanted.gate_up_B:
             grad_A, grad_B = _factor_gradients(
                 grad_pre_activation, hidden_states[slot // k], low_rank_gate_up[rows], gate_up.lora, expert, slot, seed
@@ -132,7 +137,7 @@ def experts_backward(
             _fill(grads.gate_up_A, expert, grad_A)
             _fill(grads.gate_up_B, expert, grad_B)
         if wanted.down_A or wanted.down_B:
-            weighted = (routed * _wide(grad)).to(grad.dtype)
+            weighted = (share * _wide(grad)).to(grad.dtype)
             grad_A, grad_B = _factor_gradients(
                 weighted, intermediate.to(grad.dtype), low_rank_down[rows], down.lora, expert, slot, seed, stream=1
             )

@@ -26,8 +26,10 @@ def launchers(kernel) -> SimpleNamespace:
     files |= {"dequantize": ("dequantize", "dequantize_experts"), "four_bit_fast": ("fast_weights", "permuted")}
     files |= {"combine": ("combine", "combine_backward"), "experts": ("experts_forward", "experts_backward")}
     modules = {file: importlib.import_module(f"{kernel.__name__}.kernels.{file}") for file in files}
-    files |= {"projection": ("Gradients", "Lora", "Projection"), "four_bit": ("four_bit_weight",)}
-    modules |= {file: importlib.import_module(f"{kernel.__name__}.{file}") for file in ("projection", "four_bit")}
+    others = {"projection": ("Gradients", "Lora", "Projection"), "four_bit": ("four_bit_weight",)}
+    others |= {"routed": ("order_of",)}
+    modules |= {file: importlib.import_module(f"{kernel.__name__}.{file}") for file in others}
+    files |= others
     return SimpleNamespace(**{name: getattr(modules[file], name) for file, names in files.items() for name in names})
 
 

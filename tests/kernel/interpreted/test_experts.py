@@ -90,10 +90,11 @@ def test_forward_fills_the_pre_activation_only_to_save_it(launchers, save):
     problem = Problem(imbalance="some_skipped")
     inputs = problem.draw("cpu", torch.float32)
     with poisoned_memory("cpu"):
-        _, pre_activation, *_, order, m_sizes = _forward(launchers, inputs, save)[:6]
+        _, pre_activation, *_, routed = _forward(launchers, inputs, save)
     assert (pre_activation is not None) == save
     if save:
         assert pre_activation.shape == (problem.T * problem.k, 2 * problem.I)
+        order, m_sizes = launchers.order_of(routed, problem.T * problem.k, problem.E)
         rows = int(m_sizes.sum())
         slot = order[:rows].long()
         x, w = inputs.hidden_states[slot // problem.k], inputs.gate_up_proj[inputs.top_k_index.flatten()[slot]]

@@ -1,12 +1,13 @@
 """The experts layer as a plan of launches; ``..experts`` describes it, each kernel has a file of its own."""
 
 from functools import partial
-from typing import Iterator, Optional, Sequence, Tuple
+from typing import Iterator, Optional, Tuple
 
 import torch
 
 from ..projection import FourBitWeight, Gradients, Projection
 from ..regime import Plan, plan, suits_gemv, window
+from ..routed import new_routed, order_of, tiles_of
 from ..tiling import cdiv, choose
 from .adapter import adapters
 from .combine import combine, combine_backward
@@ -18,11 +19,11 @@ from .gate_up import gate_up
 from .gemv import gemv
 from .linear import linear_tiles
 from .product import Stored, near
-from .routing import routing, tile_table
+from .routing import route, tile_table
 from .weight_grad import weight_grad_rows
 
 Tensor = torch.Tensor
-UNSAVED = (None,) * 5
+UNSAVED = (None,) * 4
 
 
 def _forward_and_backward(*arguments) -> None:
@@ -64,7 +65,7 @@ def experts_forward(
     result: bool = True,
     pre_activation: Optional[Tensor] = None,
 ) -> Tuple[Tensor, ...]:
-    """As ``reference.experts_forward``; saved are also the tile table, offsets (E+1,) and tiles."""
+    """As ``reference.experts_forward``; ``routed`` has tiles, too."""
     gate_up_proj, down_proj = gate_up_projection.weight, down_projection.weight
     experts, hidden, width = down_proj.shape
     hidden_states, top_k_index = near(hidden_states, hidden), top_k_index.contiguous()
@@ -76,7 +77,10 @@ def experts_forward(
     dense = choose(slots, experts, dtype, device)
     chosen = plan(slots, gate_up_proj, down_proj, dtype, device, dense, backward=False)
     block_m, permute = chosen.block_m, chosen.permute
-    order, m_sizes, offsets, tiles = routing(top_k_index, experts, block_m)
+    routed = new_routed(top_k_index, experts, block_m)
+    order, m_sizes = order_of(routed, slots, experts)
+    offsets, tiles = tiles_of(routed, slots, experts, block_m)
+    route(top_k_index, block_m, order, m_sizes, offsets, tiles)
 
     if save and pre_activation is None:
         pre_activation = hidden_states.new_empty(slots, 2 * width)
@@ -109,7 +113,7 @@ def experts_forward(
     if not save:
         return out, *UNSAVED
     low_rank = (added and added.low_rank, added_down and added_down.low_rank)
-    return out, pre_activation, *low_rank, order, m_sizes, offsets, tiles
+    return out, pre_activation, *low_rank, routed
 
 
 @compiled_at_once()
@@ -126,7 +130,7 @@ def experts_backward(
     wanted: Gradients,
 ) -> Gradients:
     """The gradients that ``wanted`` names, and that of top_k_weights; None for the others."""
-    pre_activation, low_rank_gate_up, low_rank_down, order, m_sizes, *table = saved
+    pre_activation, low_rank_gate_up, low_rank_down, routed = saved
     gate_up_proj, down_proj = gate_up_projection.weight, down_projection.weight
     experts, hidden, width = down_proj.shape
     grad_output, hidden_states = near(grad_output, hidden), near(hidden_states, hidden)
@@ -136,7 +140,9 @@ def experts_backward(
     dense = choose(slots, experts, dtype, device)
     chosen = plan(slots, gate_up_proj, down_proj, dtype, device, dense, backward=True)
     block_m = chosen.block_m
-    offsets, tiles = table if _suits(table, slots, block_m) else tile_table(m_sizes, slots, block_m, rest=-1)
+    order, m_sizes = order_of(routed, slots, experts)
+    table = tiles_of(routed, slots, experts, block_m)
+    offsets, tiles = table or tile_table(m_sizes, slots, block_m, rest=-1)
 
     gate_up_adapter, down_adapter = adapters(gate_up_projection, down_projection, dtype, seed, k, order, tiles, block_m)
     if chosen.path == "fast":
@@ -194,12 +200,6 @@ def experts_backward(
         )  # fmt: skip
     grads = (grad_hidden_states, grad_weights, grad_gate_up_proj, grad_down_proj)
     return Gradients(*grads, *grad_gate_up_factors, *grad_down_factors)
-
-
-def _suits(table: Sequence[Tensor], slots: int, block_m: int) -> bool:
-    """Whether ``table``, offsets (E+1,) and tiles or nothing, is of tiles of ``block_m`` rows: of another height,
-    heights being powers of two, there are more or fewer, or each has all rows of an expert either way."""
-    return bool(table) and table[1].shape[0] == slots // block_m + table[0].shape[0]
 
 
 def _forward_of_few(

@@ -1,9 +1,9 @@
 """What a call does on the device: what it allocates, what it launches, and whose address each pointer of a launch is.
 
 A record must hold all of that, and hold in other calls. So one cannot be replayed, and its code runs each time, if it
-computes by PyTorch's ops instead of :func:`launch`, passes an address inside of an argument, where another may begin,
-or returns anything but whole allocations and arguments. And no call is replayed whose arguments are less aligned, or
-two where they were one.
+computes by PyTorch's ops instead of :func:`launch`, passes an address inside of memory that several arguments share,
+which may be that of any, or returns anything but whole allocations and arguments. And no call is replayed whose
+arguments are less aligned, or two where they were one.
 """
 
 from dataclasses import replace
@@ -27,9 +27,9 @@ ALIGNMENT = 16
 """Bytes. Whether an address is a multiple is all that code and compiled kernels depend on."""
 
 AT_ONCE, SMALL = 24 * 2**20, 8 * 2**20
-"""Bytes of one allocation that a replay makes in the place of many, which would take the host longer: for all that ends
-with the call, if it fits in AT_ONCE, else for the smallest of it, SMALL at most. What is left is allocated when a launch is
-first given it, and freed after the last."""
+"""Bytes of the one allocation that a replay makes in the place of many, which would take the host longer: for all that
+ends with the call, if that fits in AT_ONCE, else for the smallest of it, up to SMALL. What is left is allocated when a
+launch is first given it, and freed after the last."""
 
 PIECE = 512
 """Bytes. PyTorch gives out a GPU's memory in multiples of them, and so does a replay in that allocation."""
@@ -99,6 +99,10 @@ class Recording(TorchDispatchMode):
         self.arguments: Dict[int, Place] = {}  # by address
         for place, address in enumerate(addresses):
             self.arguments.setdefault(address, place)
+        self.owners: Dict[int, Optional[Place]] = {}  # by address of their storage, if it is no other argument's
+        for tensor, address in zip(tensors, addresses):
+            start, place = tensor.untyped_storage().data_ptr(), self.arguments[address]
+            self.owners[start] = place if self.owners.get(start, place) == place else None
         self.same = [(self.arguments[x], i) for i, x in enumerate(addresses) if self.arguments[x] != i]
         self.complete = all([address % ALIGNMENT == 0 for address in addresses])
         self.tensors, self.table = tensors, []
@@ -169,7 +173,8 @@ class Recording(TorchDispatchMode):
         start = tensor.untyped_storage().data_ptr()
         if start in self.memory:
             return self.memory[start], tensor.data_ptr() - start
-        return self.arguments.get(tensor.data_ptr()), 0
+        place = self.arguments.get(tensor.data_ptr(), self.owners.get(start))
+        return place, 0 if place is None else tensor.data_ptr() - self.tensors[place].data_ptr()
 
     def _place(self, value: Any) -> Place:
         """A new one, for ``value``."""

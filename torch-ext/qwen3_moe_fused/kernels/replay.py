@@ -54,9 +54,9 @@ def replayed(function: Callable[..., Tuple], *arguments: Any) -> Tuple:
 
 
 def _form(function: Callable, arguments: Tuple) -> Tuple[List[Tensor], Optional[Tuple]]:
-    """The tensors among ``arguments``, and the form of them all, None if one has none. Of tensors in a tuple only which
-    are there and their dtypes: forward has saved them for backward, so their sizes follow from the others'. A hook that
-    keeps saved tensors smaller may give back another dtype."""
+    """The tensors among ``arguments``, and the form of them all, None if one has none. Of tensors in a tuple, which
+    forward has saved for backward, only which are there, their dtypes and shapes: hooks may keep them smaller, in
+    another dtype, and routed may come with tiles or without."""
     tensors, alone, others = [], [], [function]
     for value in arguments:
         if type(value) is Projection:
@@ -68,7 +68,8 @@ def _form(function: Callable, arguments: Tuple) -> Tuple[List[Tensor], Optional[
             others.append(value)
         elif isinstance(value, tuple):
             tensors += [x for x in value if type(x) not in ATOMS]
-            others += [x if type(x) in ATOMS else x.dtype for x in value]
+            for x in value:
+                others += (x,) if type(x) in ATOMS else (x.dtype, x.shape)
         else:
             if type(value) not in ATOMS and isinstance(value, Tensor):
                 tensors.append(value)

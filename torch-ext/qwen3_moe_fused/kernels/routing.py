@@ -204,12 +204,17 @@ def _tile_table_kernel(
 
 def routing(top_k_index: Tensor, num_experts: int, block_m: int) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """order (S,), m_sizes (E,), offsets (E+1,), tiles (S // block_m + E + 1, 3), all int32."""
+    slots = top_k_index.numel()
+    shapes = slots, num_experts, num_experts + 1, (slots // block_m + num_experts + 1, 3)
+    table = tuple(top_k_index.new_empty(shape, dtype=torch.int32) for shape in shapes)
+    route(top_k_index, block_m, *table)
+    return table
+
+
+def route(top_k_index: Tensor, block_m: int, order: Tensor, m_sizes: Tensor, offsets: Tensor, tiles: Tensor) -> None:
+    """Fills what :func:`routing` makes."""
     ids = top_k_index.contiguous()
-    slots = ids.numel()
-    capacity = slots // block_m + num_experts + 1
-    order, m_sizes, offsets, tiles = (
-        ids.new_empty(shape, dtype=torch.int32) for shape in (slots, num_experts, num_experts + 1, (capacity, 3))
-    )
+    slots, num_experts, capacity = ids.numel(), m_sizes.shape[0], tiles.shape[0]
     if slots * max(num_experts, 128) <= MANY_READINGS or num_experts > MOST_EXPERTS:
         lanes, step = (128, 16) if slots <= 2048 else (512, 16)
         segment = cdiv(cdiv(slots, lanes), step) * step
@@ -228,7 +233,6 @@ def routing(top_k_index: Tensor, num_experts: int, block_m: int) -> Tuple[Tensor
             (ids, counts, order, m_sizes, offsets, tiles), (slots, chunk, capacity, block_m), num_experts,
             max(1, min(next_power_of_2(CHUNKS), COUNTS // bins)), bins, BLOCK,
         )  # fmt: skip
-    return order, m_sizes, offsets, tiles
 
 
 def tile_table(m_sizes: Tensor, rows: int, block_m: int, rest: int) -> Tuple[Tensor, Tensor]:
