@@ -26,9 +26,9 @@ from pathlib import Path
 
 import torch
 from harness.checkpoint import SHARD_BYTES, shard_sizes, write_checkpoint
+from harness.config import TINY, config
 from harness.environment import environment
 from harness.files import write_whole
-from harness.model import TINY, config
 from harness.watch import watch
 
 GIB = 2**30

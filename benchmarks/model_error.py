@@ -23,9 +23,9 @@ import sys
 from pathlib import Path
 
 import torch
+from harness.config import TINY, config
 from harness.environment import environment, kernel_identity
 from harness.files import write_whole
-from harness.model import TINY, config
 from harness.step import command
 from torch import nn
 from transformers import AutoModelForCausalLM

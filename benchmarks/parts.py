@@ -18,9 +18,9 @@ from typing import Callable, NamedTuple
 
 import torch
 import train_step
+from harness.config import TINY, config
 from harness.environment import environment, kernel_identity
 from harness.files import write_whole
-from harness.model import TINY, config
 from harness.step import adam, command, measure, token_ids, training_step
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

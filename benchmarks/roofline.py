@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from harness.model import config
+from harness.config import config
 from transformers import Qwen3MoeConfig
 
 

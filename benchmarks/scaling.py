@@ -22,11 +22,11 @@ import time
 from pathlib import Path
 
 import torch
+from harness.config import TINY, config
 from harness.engines import ENGINES, build, loss_options
 from harness.environment import environment, kernel_identity
 from harness.files import write_whole
 from harness.measure import synchronize
-from harness.model import TINY, config
 from torch import distributed
 
 from qwen3_moe_integration import KernelSource

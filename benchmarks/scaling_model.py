@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness.model import config
+from harness.config import config
 from transformers import Qwen3MoeForCausalLM
 
 from qwen3_moe_integration.plan.memory import (

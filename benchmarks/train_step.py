@@ -22,8 +22,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from harness.config import TINY, config
 from harness.environment import kernel_identity
-from harness.model import TINY, config, random_4_bit_model
+from harness.model import random_4_bit_model
 from harness.step import GIB, adam, command, results, training_step, write
 from harness.training import LOSS_CHUNK, add_lora, apply_liger, checkpointed
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM

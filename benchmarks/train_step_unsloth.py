@@ -48,7 +48,7 @@ def checkpoint(options: argparse.Namespace) -> Path:
 
 def make(folder: Path, layers: int, tiny: bool) -> None:
     from harness.checkpoint import write_checkpoint
-    from harness.model import TINY, config
+    from harness.config import TINY, config
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

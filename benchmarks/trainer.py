@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 from harness.checkpoint import write_checkpoint
+from harness.config import TINY, config
 from harness.environment import environment, kernel_identity
 from harness.files import made, write_whole
-from harness.model import TINY, config
 from harness.step import command
 
 from qwen3_moe_integration import KernelSource

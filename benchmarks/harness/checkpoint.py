@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from .model import DEVIATION
+from .config import DEVIATION
 
 SHARD_BYTES = 4 * 10**9
 """What a shard of Qwen/Qwen3-30B-A3B takes."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from harness import watch
 from harness.checkpoint import shard_sizes, write_checkpoint
-from harness.model import TINY, config
+from harness.config import TINY, config
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 

@@ -30,7 +30,7 @@ def counted(model: torch.nn.Module, backward: bool) -> int:
 
 
 def small() -> Qwen3MoeForCausalLM:
-    from harness.model import config
+    from harness.config import config
 
     model = Qwen3MoeForCausalLM._from_config(config(2, **SIZES), attn_implementation="eager").float()
     model.set_experts_implementation("eager")
