@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from .adapted import Quantization
 from .modes import Seen
 from .oracle import RATIO, assert_close
 from .problems import Problem
@@ -80,3 +81,16 @@ def test_tensors_of_another_kind_meet_the_op(kernel, calls):
     assert not calls
     out = kernel.fused_experts(mode.from_tensor(inputs.hidden_states), *map(mode.from_tensor, inputs[1:-1]))
     assert len(calls) == 1 and out.shape == inputs.hidden_states.shape
+
+
+def test_dequantize_is_an_op_only_to_whoever_looks(kernel, device, monkeypatch):
+    four_bit = importlib.import_module(f"{kernel.__name__}.four_bit")
+    weight = kernel.four_bit_weight(Quantization().quantize(torch.randn(2, 64, 64, device=device)))
+    with Seen() as seen:
+        watched = kernel.dequantize(weight)
+    assert seen.ops == ["dequantize"]
+    mode = FakeTensorMode()
+    fake = weight._replace(**{name: mode.from_tensor(getattr(weight, name)) for name in weight._fields[:6]})
+    assert kernel.dequantize(fake).shape == weight.shape
+    monkeypatch.setattr(four_bit, "_dequantize", None)
+    assert torch.equal(watched, kernel.dequantize(weight))

@@ -36,7 +36,7 @@ from typing import Any, Callable, Optional, Tuple
 
 import torch
 
-from .backends import BACKWARD
+from .backends import BACKWARD, op_is_seen
 from .checks import check_activation, check_device, check_dims, check_float, check_integer, check_like, check_size
 from .experts_op import backward_op, forward_op
 from .form import ByForm, form_of
@@ -93,7 +93,7 @@ def fused_experts(
         seed = torch.randint(2**31, (1,), device=hidden_states.device)
     leaves = _leaves(hidden_states, top_k_weights, gate_up, down)
     save = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in leaves])
-    if _op_is_seen((*leaves, top_k_index)):
+    if op_is_seen((*leaves, top_k_index)):
         return forward_op(*tokens, *gate_up.flatten(), *down.flatten(), seed, activation, save)[0]
     if save:
         return FusedExperts.apply(top_k_index, gate_up, down, seed, activation, *leaves)
@@ -216,17 +216,3 @@ def _with_leaves(projections: Tuple[Projection, Projection], leaves: Tuple) -> T
 
 
 OTHERS, LEAVES = 5, len(Gradients._fields)  # of the arguments of FusedExperts
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
-
-
-def _op_is_seen(tensors: Tuple) -> bool:
-    """Whether there is someone who wants to see the op: torch.compile, a dispatch mode (which may trace, count or
-    save by op), torch.func, or a kind of tensor (fake, distributed, on the meta device) that gives it another meaning.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or not {*map(type, tensors)} <= _PLAIN
-        or tensors[0].is_meta
-    )

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
+PLAIN = {torch.Tensor, torch.nn.Parameter}
 ATOMS = {int, float, bool, str, tuple, type(None), torch.dtype}
 """Kinds of values that are no tensors and hold none: to look one up takes a fifth of the time that isinstance takes."""
 
@@ -25,7 +25,7 @@ def form_of(*values: Any) -> Optional[Tuple]:
     form, left = [], [*values]
     for value in left:  # grows
         kind = type(value)
-        if kind in _PLAIN:
+        if kind in PLAIN:
             form += (value.dtype, value.shape, value.stride(), value.device)
         elif kind in ATOMS:
             form.append(value)

@@ -8,8 +8,8 @@ from typing import List, Optional
 
 import torch
 
-from . import reference
 from ._ops import add_op_namespace_prefix
+from .backends import DEQUANTIZE, op_is_seen
 from .checks import KERNEL_FLOATS
 from .projection import FourBitWeight, Projection, check_four_bit, unflatten
 
@@ -52,8 +52,8 @@ def four_bit_weight(parameter: Tensor, quant_state=None) -> FourBitWeight:
 def dequantize(weight: FourBitWeight, dtype: Optional[torch.dtype] = None) -> Tensor:
     """The stack (E, N, K) in full precision, as ``bitsandbytes.functional.dequantize_4bit`` gives it.
 
-    All numbers are equal, and but for zeros bit for bit: FP4's nibble 8 is 0.0, as in bitsandbytes' codebook, where its
-    CUDA code gives -0.0. (On a CPU, it may also make 0 of numbers below 1.2e-38 in bf16.)
+    All numbers are equal, and but for zeros bit for bit: FP4's nibble 8 is 0.0, as in bitsandbytes' codebook, where
+    some of its code gives -0.0. (On a CPU, it may also make 0 of numbers below 1.2e-38 in bf16.)
 
     Args:
         weight: the packed stack.
@@ -68,10 +68,12 @@ def dequantize(weight: FourBitWeight, dtype: Optional[torch.dtype] = None) -> Te
     dtype = dtype or weight.dtype
     if dtype not in KERNEL_FLOATS:
         raise TypeError(f"dtype must be one of {', '.join(map(str, KERNEL_FLOATS))}, got {dtype}")
-    return _dequantize(*Projection(weight).flatten()[:7], dtype)
+    if op_is_seen(weight[:6]):
+        return _dequantize(*Projection(weight).flatten()[:7], dtype)
+    return DEQUANTIZE[weight.device.type](weight, dtype)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("dequantize"), mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix("dequantize"), mutates_args=(), device_types=("cpu", "cuda"))
 def _dequantize(
     packed: Tensor,
     absmax: Tensor,
@@ -82,23 +84,8 @@ def _dequantize(
     numbers: List[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    from .kernels.dequantize import dequantize as launch  # Triton is imported only where it can run
-
-    with torch.cuda.device(packed.device):
-        return _on_stack(launch)(packed, absmax, code, nested_absmax, nested_code, nested_offset, numbers, dtype)
-
-
-def _on_stack(function):
-    """``function(weight, dtype)`` as a function of the op's plain arguments."""
-
-    def of_plain(*arguments):
-        *flat, dtype = arguments
-        return function(unflatten((*flat, None, None, 1.0, 0.0), dtype).weight, dtype)
-
-    return of_plain
-
-
-_dequantize.register_kernel("cpu")(_on_stack(reference.dequantize))
+    flat = (packed, absmax, code, nested_absmax, nested_code, nested_offset, numbers, None, None, 1.0, 0.0)
+    return DEQUANTIZE[packed.device.type](unflatten(flat, dtype).weight, dtype)
 
 
 @_dequantize.register_fake

@@ -46,8 +46,7 @@ def triton_kernel(kernel, launchers) -> ModuleType:
     backends = importlib.import_module(f"{kernel.__name__}.backends")
     backends.FORWARD["cpu"] = launchers.experts_forward
     backends.BACKWARD["cpu"] = launchers.experts_backward
-    four_bit = importlib.import_module(f"{kernel.__name__}.four_bit")
-    four_bit._dequantize.register_kernel("cpu")(four_bit._on_stack(launchers.dequantize))
+    backends.DEQUANTIZE["cpu"] = launchers.dequantize
     return kernel
 
 
