@@ -169,7 +169,8 @@ def has_byte_permute(device: torch.device) -> bool:
 
 # (rows per tile, first, second) by rows per expert; see ``Tile``. Low tiles wait for weights, so they are deep; higher
 # ones decode as little as registers allow. Shared memory stays below the 99 KB of consumer cards. At 4 and 5 rows
-# backward has forward's 16 rows a tile: in 32 it took 2 % longer on an H200, at 4.
+# backward has forward's 16 rows a tile: in 32 it took 2 % longer on an H200, at 4. Tiles of 256 rows, which decode half
+# as often, lose 5 to 50 % where rows are many: nvidia-h200/tiles.txt.
 def _entry(block_m: int, first: Tuple, second: Tuple) -> Tuple[int, Tile, Tile]:
     return block_m, Tile(*first), Tile(*second)
 
