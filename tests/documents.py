@@ -106,10 +106,10 @@ def in_own_process(function: Callable, *arguments: Any, folder: Path, environmen
     """Calls a function of a module in a process that runs in ``folder``; an AssertionError if it raises.
 
     The process is a fork of one that has imported the libraries, since that takes longer than all pages. It is a new
-    one where there is a GPU, for what a library has asked CUDA cannot be forked, and where Triton is to interpret,
-    which it decides as it is imported.
+    one where there is a GPU, for what a library has asked CUDA cannot be forked. Triton interprets what is defined
+    while a variable says so: the libraries' kernels anyway, as the server has it, the page's as ``environment`` has it.
     """
-    new = torch.cuda.is_available() or "TRITON_INTERPRET" in environment
+    new = torch.cuda.is_available()
     if not new:
         start_server()  # there is one in a run of tests, whoever needs it first
     context = multiprocessing.get_context("spawn" if new else "forkserver")

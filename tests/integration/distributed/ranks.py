@@ -24,20 +24,24 @@ LIBRARIES = (
     "bitsandbytes",
     "datasets",
     "kernels",
+    "matplotlib.pyplot",
     "peft",
     "torch.distributed.fsdp",
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "transformers.trainer",
     "trl.trainer.sft_trainer",
 )
+SERVER = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+"""What every rank, and the server, has in its environment: one thread, no GPU, no network, and for TRL's loss Triton's
+interpreter."""
 SECONDS = 60
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def start_server() -> None:
-    """Its environment, which every rank gets, has one thread, no GPU, and for TRL's loss Triton's interpreter."""
+    """If there is none yet: one is enough for all tests of a process."""
     _CONTEXT.set_forkserver_preload([*LIBRARIES])
-    with _environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TRITON_INTERPRET="1"):
+    with _environment(**SERVER):
         forkserver.ensure_running()
 
 
