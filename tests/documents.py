@@ -20,6 +20,7 @@ compile. What does not run as it stands:
 - ``make`` says what it would run. Of that the project's own scripts run: not what sets up .venv, where tests run.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -127,6 +128,7 @@ def _call(function: Callable, arguments: tuple, folder: Path, environment: dict[
     with log.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+    gc.freeze()  # as ranks do
     torch.set_num_threads(1)
     os.environ.pop("TRITON_INTERPRET", None)  # the server's, not for what a page starts
     _in_folder(function, arguments, folder, environment)

@@ -16,7 +16,7 @@ import runpy
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Optional
@@ -25,16 +25,21 @@ import torch
 
 from tests.integration.distributed.ranks import SERVER, start_server
 
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 READ_BY_IMPORTS = ("CUDA_", "DATASETS_", "HF_", "OMP_", "PYTORCH_", "TORCH", "TRANSFORMERS_")
 """How their names begin. Not Triton's: its interpreter, which the server asks for, interprets kernels that are defined
 while a variable says so, and of a library's none runs on a CPU otherwise."""
 
 
 def start(
-    script: Path, *arguments: Any, environment: dict[str, str], most: Optional[int] = None, fresh: bool = False
+    script: Path,
+    *arguments: Any,
+    variables: Mapping[str, str] = OFFLINE,
+    most: Optional[int] = None,
+    fresh: bool = False,
 ) -> "subprocess.Popen[str] | Fork":
-    """Starts a script, whose files may grow to ``most`` bytes."""
-    command = [str(script), *map(str, arguments)]
+    """Starts a script, with these variables beside those of the tests; its files may grow to ``most`` bytes."""
+    command, environment = [str(script), *map(str, arguments)], os.environ | OFFLINE | variables
     if not fresh and _same_imports(environment):
         return Fork(command, environment, most)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -134,7 +139,7 @@ def _main(
     os.chdir(folder)
     if most is not None:
         _limit(most)
-    gc.freeze()  # the libraries' objects are many and stay: a collection need not walk, and thereby copy, them
+    gc.freeze()  # as ranks do
     sys.argv = command
     sys.path = [str(Path(command[0]).resolve().parent), *path]
     runpy.run_path(command[0], run_name="__main__")

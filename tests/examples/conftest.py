@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,26 +27,21 @@ def text(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def environment(kernel_dir) -> dict[str, str]:
-    """Of a user who has built the kernel, and needs no network."""
+def variables(kernel_dir) -> dict[str, str]:
+    """Of a user who has built the kernel."""
     paths = os.pathsep.join(map(str, (ROOT / "integration", EXAMPLES, os.environ.get("PYTHONPATH", ""))))
-    kernel = f"org/qwen3-moe-fused={kernel_dir}"
-    return os.environ | {"LOCAL_KERNELS": kernel, "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
+    return {"LOCAL_KERNELS": f"org/qwen3-moe-fused={kernel_dir}", "PYTHONPATH": paths}
 
 
 @pytest.fixture(scope="session")
-def start(environment) -> Callable:
-    def start(*arguments, script: Path = EXAMPLES / "finetune.py", **settings):
-        return programs.start(script, *arguments, environment=environment, **settings)
-
-    return start
+def start(variables) -> Callable:
+    return partial(programs.start, EXAMPLES / "finetune.py", variables=variables)
 
 
 @pytest.fixture(scope="session")
-def finetune(environment) -> Callable[..., str]:
-    def run(*arguments, code: int = 0, script: Path = EXAMPLES / "finetune.py", most=None, fresh=False, **variables):
-        settings = {"environment": environment | variables, "most": most, "fresh": fresh}
-        done = programs.run(script, *arguments, **settings)
+def finetune(variables) -> Callable[..., str]:
+    def run(*arguments, code: int = 0, script: Path = EXAMPLES / "finetune.py", most=None, fresh=False, **others):
+        done = programs.run(script, *arguments, variables=variables | others, most=most, fresh=fresh)
         printed = done.stdout + done.stderr
         assert done.returncode == code, printed
         return printed

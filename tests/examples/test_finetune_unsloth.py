@@ -16,8 +16,8 @@ from tests.integration.unsloth_user import finetune_without_a_kernel
 
 def finetune(*arguments, unsloth: bool = True, **settings: Any) -> subprocess.CompletedProcess:
     paths = [ROOT / "integration", os.environ.get("PYTHONPATH", ""), *([PACKAGES] if unsloth else [])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1"}
-    return programs.run(ROOT / "examples/finetune_unsloth.py", *arguments, environment=environment, **settings)
+    variables = {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    return programs.run(ROOT / "examples/finetune_unsloth.py", *arguments, variables=variables, **settings)
 
 
 def test_the_loss_falls_and_every_adapter_of_the_experts_is_saved(kernel_dir, tmp_path):

@@ -15,12 +15,12 @@ from tests.kernel.oracle import assert_close
 
 
 @pytest.fixture(scope="module")
-def generate(environment, tmp_path_factory) -> Callable[..., str]:
+def generate(variables, tmp_path_factory) -> Callable[..., str]:
     output = tmp_path_factory.mktemp("generate")
 
     def run(*arguments, fresh: bool = False) -> str:
         script = (ROOT / "examples/generate.py", "--output", output, "--tokens", 8)
-        ran = programs.run(*script, *arguments, environment=environment, fresh=fresh)
+        ran = programs.run(*script, *arguments, variables=variables, fresh=fresh)
         assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
         return ran.stdout
 

@@ -114,6 +114,7 @@ def _rank(
     pipe: connection.Connection, rank: int, world_size: int, address: str, seed: int, function: Callable, arguments
 ) -> None:
     result, failure = None, None
+    gc.freeze()  # the libraries' objects are many and stay: a collection need not walk, and thereby copy, them
     torch.set_num_threads(1)
     try:
         if world_size > 1:
