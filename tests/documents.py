@@ -20,7 +20,6 @@ compile. What does not run as it stands:
 - ``make`` says what it would run. Of that the project's own scripts run: not what sets up .venv, where tests run.
 """
 
-import gc
 import importlib
 import multiprocessing
 import os
@@ -45,7 +44,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tests.integration.distributed.launch import pass_for_gpus
-from tests.integration.distributed.ranks import run_on_ranks, start_server
+from tests.integration.distributed.ranks import run_on_ranks, settle_in, start_server
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ROOT / "tests/packages"
@@ -128,8 +127,7 @@ def _call(function: Callable, arguments: tuple, folder: Path, environment: dict[
     with log.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    gc.freeze()  # as ranks do
-    torch.set_num_threads(1)
+    settle_in()
     os.environ.pop("TRITON_INTERPRET", None)  # the server's, not for what a page starts
     _in_folder(function, arguments, folder, environment)
 

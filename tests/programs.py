@@ -7,7 +7,6 @@ they would read something else, where there is a GPU, which the server has been 
 asks for one.
 """
 
-import gc
 import json
 import multiprocessing
 import os
@@ -23,23 +22,25 @@ from typing import Any, Optional
 
 import torch
 
-from tests.integration.distributed.ranks import SERVER, start_server
+from tests.integration.distributed.ranks import SERVER, settle_in, start_server
 
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+"""No script of a test needs the Hub."""
 READ_BY_IMPORTS = ("CUDA_", "DATASETS_", "HF_", "OMP_", "PYTORCH_", "TORCH", "TRANSFORMERS_")
-"""How their names begin. Not Triton's: its interpreter, which the server asks for, interprets kernels that are defined
-while a variable says so, and of a library's none runs on a CPU otherwise."""
+"""How their names begin. The server has one thread, as tests have by ``make``. Not Triton's: it reads whether to
+interpret when a kernel is defined, and of the libraries' kernels, which the server defines, none runs on a CPU
+otherwise."""
 
 
 def start(
     script: Path,
     *arguments: Any,
-    variables: Mapping[str, str] = OFFLINE,
+    variables: Optional[Mapping[str, str]] = None,
     most: Optional[int] = None,
     fresh: bool = False,
 ) -> "subprocess.Popen[str] | Fork":
     """Starts a script, with these variables beside those of the tests; its files may grow to ``most`` bytes."""
-    command, environment = [str(script), *map(str, arguments)], os.environ | OFFLINE | variables
+    command, environment = [str(script), *map(str, arguments)], os.environ | OFFLINE | (variables or {})
     if not fresh and _same_imports(environment):
         return Fork(command, environment, most)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -139,7 +140,7 @@ def _main(
     os.chdir(folder)
     if most is not None:
         _limit(most)
-    gc.freeze()  # as ranks do
+    settle_in()
     sys.argv = command
     sys.path = [str(Path(command[0]).resolve().parent), *path]
     runpy.run_path(command[0], run_name="__main__")

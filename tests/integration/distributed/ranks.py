@@ -45,6 +45,12 @@ def start_server() -> None:
         forkserver.ensure_running()
 
 
+def settle_in() -> None:
+    """What a fork of the server does first."""
+    gc.freeze()  # the libraries' objects are many and stay: a collection need not walk, and thereby copy, them
+    torch.set_num_threads(1)
+
+
 def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, seed: int = 0) -> list[Any]:
     """What ``function(*arguments)`` returns on each rank, all of which begin with the same random numbers.
 
@@ -114,8 +120,7 @@ def _rank(
     pipe: connection.Connection, rank: int, world_size: int, address: str, seed: int, function: Callable, arguments
 ) -> None:
     result, failure = None, None
-    gc.freeze()  # the libraries' objects are many and stay: a collection need not walk, and thereby copy, them
-    torch.set_num_threads(1)
+    settle_in()
     try:
         if world_size > 1:
             _join(rank, world_size, address)
