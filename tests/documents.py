@@ -44,7 +44,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tests.integration.distributed.launch import pass_for_gpus
-from tests.integration.distributed.ranks import run_on_ranks, start_server
+from tests.integration.distributed.ranks import run_on_ranks, settle_in, start_server
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ROOT / "tests/packages"
@@ -106,10 +106,10 @@ def in_own_process(function: Callable, *arguments: Any, folder: Path, environmen
     """Calls a function of a module in a process that runs in ``folder``; an AssertionError if it raises.
 
     The process is a fork of one that has imported the libraries, since that takes longer than all pages. It is a new
-    one where there is a GPU, for what a library has asked CUDA cannot be forked, and where Triton is to interpret,
-    which it decides as it is imported.
+    one where there is a GPU, for what a library has asked CUDA cannot be forked. Triton interprets what is defined
+    while a variable says so: the libraries' kernels anyway, as the server has it, the page's as ``environment`` has it.
     """
-    new = torch.cuda.is_available() or "TRITON_INTERPRET" in environment
+    new = torch.cuda.is_available()
     if not new:
         start_server()  # there is one in a run of tests, whoever needs it first
     context = multiprocessing.get_context("spawn" if new else "forkserver")
@@ -127,7 +127,7 @@ def _call(function: Callable, arguments: tuple, folder: Path, environment: dict[
     with log.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    torch.set_num_threads(1)
+    settle_in()
     os.environ.pop("TRITON_INTERPRET", None)  # the server's, not for what a page starts
     _in_folder(function, arguments, folder, environment)
 

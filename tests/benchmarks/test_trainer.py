@@ -1,14 +1,29 @@
 """trainer.py on a tiny model: the scripts run, and the table is what they printed."""
 
 import json
+import sys
+from subprocess import PIPE, CompletedProcess
+from types import SimpleNamespace
 
-from tests.documents import ROOT, call_main, in_own_process
+from tests import programs
+from tests.conftest import ROOT
 
 
-def test_the_scripts_train_and_generate(kernel_dir, tmp_path):
+def run(command: list, **_) -> CompletedProcess:
+    """In the place of ``subprocess.run``, whose processes would import the libraries five times."""
+    python, script, *arguments = command
+    assert python == sys.executable
+    return programs.run(script, *arguments)
+
+
+def test_the_scripts_train_and_generate(kernel_dir, tmp_path, monkeypatch):
+    import trainer
+
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setattr(trainer, "subprocess", SimpleNamespace(run=run, PIPE=PIPE))
     sizes = ["--tiny", "--layers", "1", "--seq-len", "64", "--steps", "2", "--new-tokens", "3", "--trainers", "trainer"]
-    arguments = [ROOT / "benchmarks/trainer.py", *sizes, "--checkpoints", tmp_path, "--out", tmp_path]
-    in_own_process(call_main, *arguments, "--kernel", kernel_dir, folder=tmp_path, environment={})
+    folders = ["--checkpoints", tmp_path, "--out", tmp_path, "--kernel", kernel_dir]
+    trainer.main([*sizes, *map(str, folders)])
     result = json.loads((tmp_path / "trainer-1-layers.json").read_text())
     trained, *generated = result["runs"]
     assert trained["what"] == "finetune.py --trainer trainer"

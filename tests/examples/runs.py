@@ -6,6 +6,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.programs import Fork
+
 SMALL = ("--seq-len", "32", "--batch-size", "4", "--save-every", "4")
 WHOLE = ("--bits", "16", *SMALL)
 """The small model is trained whole."""
@@ -31,11 +33,11 @@ def log_of(output: Path, steps: int = STEPS) -> list[dict]:
     ]
 
 
-def kill_after_a_checkpoint(run: subprocess.Popen, output: Path) -> None:
+def kill_after_a_checkpoint(run: subprocess.Popen | Fork, output: Path) -> None:
     """By SIGKILL, between steps or while saving."""
     with run as process:
         while not list(output.glob("checkpoints/checkpoint-*/trainer_state.json")):
-            assert process.poll() is None, process.communicate()[0]
+            assert process.poll() is None, "".join(process.communicate())
             time.sleep(0.01)
         process.kill()
     assert process.returncode == -9 and not (output / "model").exists()

@@ -255,7 +255,9 @@ def test_a_gpu_that_is_full_ends_a_run_with_what_to_do(example, finetune, whole,
     command = (*model, "--gpu-memory", "8", "--keep", "attention", "experts")
     plan = planned(example, command)
     assert plan.fits and plan.peak / GIB > 0.6 + 2 * 0.2
-    printed = finetune(0.6 + room, *command, script=("-c", CAPPED), code=1)
+    script = tmp_path / "capped.py"
+    script.write_text(CAPPED)
+    printed = finetune(0.6 + room, *command, script=script, code=1)
     assert "Traceback" not in printed
     if where == "loading":
         assert "Out of memory while the model was loaded: by the plan it takes" in printed

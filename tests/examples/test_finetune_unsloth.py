@@ -4,22 +4,20 @@ import json
 import os
 import re
 import subprocess
-import sys
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from tests import programs
 from tests.documents import PACKAGES, ROOT, in_own_process
 from tests.integration.unsloth_user import finetune_without_a_kernel
 
 
-def finetune(*arguments, unsloth: bool = True, code: int = 0) -> str:
+def finetune(*arguments, unsloth: bool = True, **settings: Any) -> subprocess.CompletedProcess:
     paths = [ROOT / "integration", os.environ.get("PYTHONPATH", ""), *([PACKAGES] if unsloth else [])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, ROOT / "examples/finetune_unsloth.py", *arguments]
-    ran = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=600)
-    assert ran.returncode == code, f"{ran.stdout}\n{ran.stderr}"
-    return ran.stdout + ran.stderr
+    variables = {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    return programs.run(ROOT / "examples/finetune_unsloth.py", *arguments, variables=variables, **settings)
 
 
 def test_the_loss_falls_and_every_adapter_of_the_experts_is_saved(kernel_dir, tmp_path):
@@ -28,8 +26,9 @@ def test_the_loss_falls_and_every_adapter_of_the_experts_is_saved(kernel_dir, tm
         json.dumps({"text": "A grouped product multiplies every row by the matrix of its own expert. " * 80})
     )
     sizes = ["--steps", 20, "--seq-len", 32, "--batch-size", 2, "--rank", 2]
-    printed = finetune("--dataset", text, "--output", tmp_path / "out", "--kernel", kernel_dir, *sizes)
-    first, last = (float(re.search(rf"loss, {word} five steps +(\S+)", printed)[1]) for word in ("first", "last"))
+    ran = finetune("--dataset", text, "--output", tmp_path / "out", "--kernel", kernel_dir, *sizes)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    first, last = (float(re.search(rf"loss, {word} five steps +(\S+)", ran.stdout)[1]) for word in ("first", "last"))
     assert last < first - 0.5
     adapter = load_file(tmp_path / "out/model/adapter_model.safetensors")
     trained = [factor for name, factor in adapter.items() if "experts" in name and "lora_B" in name]
@@ -42,5 +41,6 @@ def test_without_a_kernel_it_says_how_to_build_one(tmp_path):
 
 
 def test_without_unsloth_it_says_what_to_install():
-    printed = finetune(unsloth=False, code=1)
-    assert printed.startswith("Unsloth is not installed.") and "pip install unsloth" in printed
+    ran = finetune(unsloth=False, fresh=True)
+    assert ran.returncode == 1 and ran.stderr.startswith("Unsloth is not installed.")
+    assert "pip install unsloth" in ran.stderr

@@ -1,10 +1,7 @@
 """examples/generate.py as a user runs it."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,24 +9,18 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen3_moe_integration import expert_lora_config, lora_linear
+from tests import programs
+from tests.conftest import ROOT
 from tests.kernel.oracle import assert_close
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def generate(kernel_dir, tmp_path_factory):
+def generate(variables, tmp_path_factory) -> Callable[..., str]:
     output = tmp_path_factory.mktemp("generate")
 
-    def run(*arguments) -> str:
-        variables = {
-            "LOCAL_KERNELS": f"org/qwen3-moe-fused={kernel_dir}",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "integration"), os.environ.get("PYTHONPATH", "")]),
-        }
-        command = [sys.executable, str(ROOT / "examples" / "generate.py"), "--output", str(output), "--tokens", "8"]
-        command += map(str, arguments)
-        ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=600)
+    def run(*arguments, fresh: bool = False) -> str:
+        script = (ROOT / "examples/generate.py", "--output", output, "--tokens", 8)
+        ran = programs.run(*script, *arguments, variables=variables, fresh=fresh)
         assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
         return ran.stdout
 
@@ -37,10 +28,16 @@ def generate(kernel_dir, tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="module")
+def base(generate) -> str:
+    """What a run without arguments prints."""
+    return generate()
+
+
 def test_4_bit_weights_generate_take_less_memory_and_say_the_same_when_saved(generate, tmp_path):
     full = generate("--bits", 16)
     first = generate("--save", tmp_path / "saved")
-    again = generate("--model", tmp_path / "saved", "--compile")
+    again = generate("--model", tmp_path / "saved", "--compile", fresh=True)
     assert "bitsandbytes_moe" in (tmp_path / "saved" / "config.json").read_text()
     for printed in (full, first, again):
         assert "Kernel: 3 Mixture-of-Experts layers" in printed
@@ -51,9 +48,8 @@ def test_4_bit_weights_generate_take_less_memory_and_say_the_same_when_saved(gen
     assert _text(again) == _text(first)
 
 
-def test_an_adapter_changes_what_is_said(generate, tmp_path):
+def test_an_adapter_changes_what_is_said(generate, base, tmp_path):
     """One of zeros says the same as the model alone, one of large numbers something else."""
-    base = generate()
     model = AutoModelForCausalLM.from_pretrained(generate.output / "small-qwen3-moe")
     model = get_peft_model(model, expert_lora_config(2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "zeros")
@@ -118,11 +114,10 @@ def test_a_folder_without_an_adapter_is_refused_before_a_model_is_loaded(monkeyp
     assert f"--adapter: {tmp_path} has no adapter_config.json" in capsys.readouterr().err
 
 
-def test_text_is_printed_as_it_comes(generate, monkeypatch, capsys):
+def test_text_is_printed_as_it_comes(generate, base, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "examples")
     from generate import TimedStreamer
 
-    generate()
     tokenizer = AutoTokenizer.from_pretrained(generate.output / "small-qwen3-moe")
     streamer, seen = TimedStreamer(tokenizer), []
     for tokens in ([tokenizer("Some words ").input_ids], *tokenizer("and some more after them ").input_ids):

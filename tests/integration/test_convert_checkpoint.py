@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from qwen3_moe_integration.__main__ import main
 from qwen3_moe_integration.convert import CHECKPOINT_FORMATS, convert, convert_checkpoint
+from tests import programs
 from tests.conftest import ROOT
 from tests.integration.checkpoints import (
     BLOCK,
@@ -26,6 +24,8 @@ from tests.integration.checkpoints import (
     stacked,
 )
 from tests.integration.models import QWEN3, tokens
+
+VARIABLES = {"PYTHONPATH": str(ROOT / "integration")}
 
 
 @pytest.mark.parametrize("first, second", itertools.product(CHECKPOINT_FORMATS, repeat=2))
@@ -111,7 +111,8 @@ def test_transformers_loads_what_it_saved_after_a_way_through_every_layout(tmp_p
 )
 def test_memory_stays_under_one_stack_of_experts(tmp_path, first, to, pack):
     """2 layers in 2 files, converted in a process that reports its peak."""
-    script = """
+    script = tmp_path / "script.py"
+    script.write_text("""
 import re, sys
 from qwen3_moe_integration.convert import convert_checkpoint
 
@@ -124,7 +125,7 @@ open("/proc/self/clear_refs", "w").write("5")  # the peak is now what is in memo
 before = bytes_of("VmRSS")
 convert_checkpoint(large, folder + "/large out", to, check=True)
 print(bytes_of("VmHWM") - before)
-"""
+""")
     sizes = {"H": 1024, "I": 512}
     small, large = random_experts(**sizes, E=2), random_experts(**sizes, E=16, layers=range(2))
     if first == "stacked":
@@ -133,12 +134,7 @@ print(bytes_of("VmHWM") - before)
     save(tmp_path / "small", pack(small))
     save(tmp_path / "large", large, files=2)
     stack = sum(tensor.nbytes for key, tensor in large.items() if "layers.1" in key and "down_proj" in key)
-    run = subprocess.run(
-        [sys.executable, "-c", script, *map(str, (tmp_path / "small", tmp_path / "large", tmp_path, to))],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "integration")},
-    )
+    run = programs.run(script, tmp_path / "small", tmp_path / "large", tmp_path, to, variables=VARIABLES)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < stack, f"{run.stdout} bytes more for stacks of {stack}"
     assert f"writing {to}" in run.stderr

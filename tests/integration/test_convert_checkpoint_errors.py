@@ -1,11 +1,8 @@
 """What the converter refuses of a checkpoint, that it leaves nothing half-done, and what ``--check`` finds."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen3_moe_integration.__main__ import main
 from qwen3_moe_integration.convert import convert_checkpoint, folder, shards
+from tests import programs
 from tests.conftest import ROOT
 from tests.integration.checkpoints import (
     BLOCK,
@@ -203,9 +201,10 @@ def test_work_that_ends_between_two_files_leaves_the_source_and_no_target(tmp_pa
     [("open", ".unfinished/model-00002"), ("open", ".unfinished/tokenizer.json"), ("os.rename", ".unfinished")],
     ids=["between weights", "after weights", "before the end"],
 )
-def test_a_killed_process_leaves_the_source_and_no_target_and_can_be_repeated(tmp_path, event, path):
+def test_a_killed_process_leaves_the_source_and_no_target_and_can_be_repeated(tmp_path, tmp_path_factory, event, path):
     """By SIGKILL, at what the interpreter reports to its audit hooks just before it does it."""
-    script = """
+    script = tmp_path_factory.mktemp("script") / "script.py"
+    script.write_text("""
 import os, runpy, signal, sys
 
 event, path = sys.argv.pop(1), sys.argv.pop(1)
@@ -216,15 +215,11 @@ def kill(name, arguments):
 
 sys.addaudithook(kill)
 runpy.run_module("qwen3_moe_integration", run_name="__main__")
-"""
+""")
     want = {**random_experts(), **others()}
     arguments = [str(save(tmp_path / "v4", want, files=3)), str(tmp_path / "out"), "--to", "stacked", "--check"]
-    run = subprocess.run(
-        [sys.executable, "-c", script, event, path, "convert", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "integration")},
-    )
+    variables = {"PYTHONPATH": str(ROOT / "integration")}
+    run = programs.run(script, event, path, "convert", *arguments, variables=variables)
     assert run.returncode == -signal.SIGKILL, run.stderr
     unfinished, _ = sorted(path.name for path in tmp_path.iterdir())
     assert re.fullmatch(r"\.out\.[0-9a-f]{8}\.unfinished", unfinished)

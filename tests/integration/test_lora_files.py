@@ -1,8 +1,6 @@
 """Adapters of experts on disk are PEFT's own: they go to a process without this package, and come from one."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qwen3_moe_integration import kernelize_model
+from tests import programs
 from tests.integration.lora import config
 from tests.integration.models import QWEN3, SIZES, ExpertsCalls, tokens
 from tests.kernel.oracle import assert_close
@@ -43,7 +42,7 @@ def test_adapters_go_to_stock_peft_and_come_from_it(source, tmp_path, dtype, rat
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
     model.save_pretrained(tmp_path / "adapter")
 
-    run = subprocess.run([sys.executable, STOCK, tmp_path], capture_output=True, text=True)
+    run = programs.run(STOCK, tmp_path)
     assert run.returncode == 0, run.stderr
     ours, theirs = torch.load(tmp_path / "logits.pt")
     reloaded, other = (_loaded(source, tmp_path, name) for name in ("adapter", "other"))

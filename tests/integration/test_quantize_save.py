@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from bitsandbytes.functional import QuantState
 from transformers import AutoModelForCausalLM, modeling_utils
 
 from qwen3_moe_integration import MoeBitsAndBytesConfig
-from tests.conftest import ROOT
+from tests import programs
 from tests.integration.models import ExpertsCalls, tokens
 from tests.integration.quantized import (
     NESTED,
@@ -69,11 +67,12 @@ def test_config_json_says_what_it_is(quantized):
     }
 
 
-def test_transformers_alone_refuses_to_load_it(quantized):
-    program = (
+def test_transformers_alone_refuses_to_load_it(quantized, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
         f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(quantized[1])!r})"
     )
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    run = programs.run(program)
     assert run.returncode and "Unknown quantization type, got bitsandbytes_moe" in run.stdout + run.stderr
 
 

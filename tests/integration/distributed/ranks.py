@@ -24,21 +24,31 @@ LIBRARIES = (
     "bitsandbytes",
     "datasets",
     "kernels",
+    "matplotlib.pyplot",
     "peft",
     "torch.distributed.fsdp",
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "transformers.trainer",
     "trl.trainer.sft_trainer",
 )
+SERVER = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+"""What every rank, and the server, has in its environment: one thread, no GPU, no network, and for TRL's loss Triton's
+interpreter."""
 SECONDS = 60
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def start_server() -> None:
-    """Its environment, which every rank gets, has one thread, no GPU, and for TRL's loss Triton's interpreter."""
+    """If there is none yet: one is enough for all tests of a process."""
     _CONTEXT.set_forkserver_preload([*LIBRARIES])
-    with _environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TRITON_INTERPRET="1"):
+    with _environment(**SERVER):
         forkserver.ensure_running()
+
+
+def settle_in() -> None:
+    """What a fork of the server does first."""
+    gc.freeze()  # the libraries' objects are many and stay: a collection need not walk, and thereby copy, them
+    torch.set_num_threads(1)
 
 
 def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, seed: int = 0) -> list[Any]:
@@ -110,7 +120,7 @@ def _rank(
     pipe: connection.Connection, rank: int, world_size: int, address: str, seed: int, function: Callable, arguments
 ) -> None:
     result, failure = None, None
-    torch.set_num_threads(1)
+    settle_in()
     try:
         if world_size > 1:
             _join(rank, world_size, address)
