@@ -12,6 +12,11 @@ ALONE = "test_qwen3_moe_fused.py"
 """It loads the kernel from where LOCAL_KERNELS says; ``test_kernels_ci.py`` runs it. kernel-builder's CI has tests/ and
 torch-ext/ of this repository, and of all packages torch, kernels and pytest: there it is all that can run."""
 
+if os.environ.get("TRITON_INTERPRET") == "1":  # else Triton need not be there
+    from tests import interpreter
+
+    interpreter.hasten()
+
 collect_ignore = [] if "LOCAL_KERNELS" in os.environ else [ALONE]
 if not (ROOT / "scripts").is_dir():
     collect_ignore += [path.name for path in Path(__file__).parent.iterdir() if path.name != ALONE]

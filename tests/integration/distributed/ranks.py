@@ -49,6 +49,10 @@ def settle_in() -> None:
     """What a fork of the server does first."""
     gc.freeze()  # the libraries' objects are many and stay: a collection need not walk, and thereby copy, them
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests import interpreter
+
+        interpreter.hasten()
 
 
 def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, seed: int = 0) -> list[Any]:
