@@ -40,7 +40,7 @@ def test_any_strides_give_the_same(triton_kernel, argument, layout):
     assert_experts_agree(triton_kernel, Problem(), "cpu", torch.float32, dict.fromkeys(names, layout))
 
 
-@settings(max_examples=8)
+@settings(max_examples=40)
 @given(
     strategies.expert_problems(most_tokens=12, widest=40),
     strategies.dtypes(torch.float32, torch.float16),

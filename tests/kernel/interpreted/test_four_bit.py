@@ -92,7 +92,7 @@ def test_decoded_first_into_a_result_that_is_not_written_yet(triton_kernel, way,
     assert runs == [*forward, (5, True), *[(1, False)] * 5]
 
 
-@settings(max_examples=6)
+@settings(max_examples=30)
 @given(
     strategies.even_problems(most_tokens=9, widest=40),
     strategies.dtypes(torch.float32, torch.float16),

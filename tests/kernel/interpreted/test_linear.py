@@ -34,7 +34,7 @@ def test_any_strides_give_the_same(triton_kernel, layout):
     assert_linear_agrees(triton_kernel, LinearProblem(), "cpu", torch.float32, layouts)
 
 
-@settings(max_examples=8)
+@settings(max_examples=40)
 @given(
     strategies.linear_problems(most_rows=40, widest=40),
     strategies.dtypes(torch.float32, torch.float16),

@@ -51,7 +51,7 @@ def test_factors_of_another_dtype(triton_kernel, dtype, factors):
     assert_adapted_experts_agree(triton_kernel, ODD, "cpu", dtype, adapter=Adapter(dtype=factors), ratio=ratio)
 
 
-@settings(max_examples=4)
+@settings(max_examples=25)
 @given(
     strategies.expert_problems(most_tokens=9, widest=40),
     strategies.dtypes(torch.float32, torch.float16),
