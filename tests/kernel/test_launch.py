@@ -67,6 +67,7 @@ def test_a_launcher_gives_the_driver_what_triton_would(kernel, scratch, monkeypa
     compiled.run(4, 2, 1, 99, compiled.function, compiled.packed_metadata, None, None, None, 0x100, 16, "silu")
     assert given[0] == given[1] and (launcher.function == run.launch) == (scratch == 0)
     assert f"{8 * scratch} bytes" in given[0] or not scratch
+    assert launcher.kernel is compiled, "or Triton may unload its code"
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,16 @@ def _inside_of_an_argument(launch, x):
     return (out,)
 
 
+def _nothing_of_memory(launch, x):
+    launch(torch.empty_like(x)[:0], out := torch.empty_like(x))
+    return (out,)
+
+
+def _nothing_of_an_argument(launch, x):
+    launch(x[:0], out := torch.empty_like(x))
+    return (out,)
+
+
 def _inside_of_what_two_share(launch, x, y):
     """In another call, the other may lie elsewhere."""
     launch(y[:, 4:], out := torch.empty_like(x))
@@ -95,7 +105,7 @@ def _no_launch(launch, x):
     return (torch.empty_like(x),)
 
 
-CAN = [_whole, _inside_of_memory, _inside_of_an_argument]
+CAN = [_whole, _inside_of_memory, _inside_of_an_argument, _nothing_of_memory, _nothing_of_an_argument]
 CANNOT = [_inside_of_what_two_share, _written_by_pytorch, _made_by_pytorch, _empty, _elsewhere, _part, _other_shape]
 CANNOT += [_other_dtype, _other_strides, _view_of_an_argument, _no_launch]
 
@@ -117,6 +127,22 @@ def test_what_can_be_replayed_and_what_cannot(kernel, compiler, replays, functio
         ]
         assert (result.dtype, result.device) == (expected.dtype, expected.device)
     assert replays == ([True] * 3 if function in CAN else [])
+
+
+@pytest.mark.parametrize("function", [_nothing_of_memory, _nothing_of_an_argument])
+def test_the_address_of_nothing_is_none_in_every_call(kernel, compiler, replays, function):
+    """Memory lies elsewhere each time: a difference of addresses would be another one, or negative."""
+    launcher, kernels, kept = module(kernel, "launch"), module(kernel, "combine"), []
+
+    def launch(x: torch.Tensor, out: torch.Tensor) -> None:
+        launcher.launch(kernels._combine_kernel, (1,), 4, 1, (x, x, x, out), (), 8, 1, E, *[1] * 5)
+
+    for _ in range(5):
+        x = torch.empty(8, 8)
+        kept += [x, *module(kernel, "replay").replayed(function, launch, x)]
+    assert len(replays) == 3
+    for arguments in compiler.arguments[-3:]:
+        assert arguments.count(0) >= 3 and min(x for x in arguments if isinstance(x, int)) >= 0
 
 
 def test_a_tuple_of_one_stays_a_tuple(kernel, compiler, replays):

@@ -19,10 +19,14 @@ Tensor = torch.Tensor
 
 
 class Launcher(NamedTuple):
-    """What launches a compiled kernel: a function of the grid, the stream, ``between`` and the kernel's arguments."""
+    """What launches a compiled kernel: a function of the grid, the stream, ``between`` and the kernel's arguments.
+
+    It holds ``kernel``, too: some versions of Triton unload the code of one that nobody holds any more.
+    """
 
     function: Callable
     between: Tuple
+    kernel: Any
 
     @staticmethod
     def of(compiled: Any) -> "Launcher":
@@ -35,8 +39,8 @@ class Launcher(NamedTuple):
         run, rest = compiled.run, (compiled.packed_metadata, None, None, None)
         if _RUN_PASSES_ON and not getattr(run, "global_scratch_size", 1) and not run.profile_scratch_size:
             between = compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest
-            return Launcher(run.launch, between)
-        return Launcher(run, (compiled.function, *rest))
+            return Launcher(run.launch, between, compiled)
+        return Launcher(run, (compiled.function, *rest), compiled)
 
 
 _RUN_PASSES_ON = triton.__version__.startswith("3.6.")
@@ -82,7 +86,8 @@ def launch(
         arguments = (*pointers, *counts, *constants)
         options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
         if not first_call.intercepts(kernel, grid, arguments, options, launcher is not None):
-            _launchers[key] = Launcher.of(kernel[grid](*arguments, **options))
+            # Of two threads' kernels, the first stays: records may have its code.
+            _launchers.setdefault(key, Launcher.of(kernel[grid](*arguments, **options)))
     else:
         stream = driver.active.get_current_stream(device)
         launcher.function(*grid, stream, *launcher.between, *addresses, *counts, *constants)

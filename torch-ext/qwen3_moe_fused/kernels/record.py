@@ -149,6 +149,8 @@ class Recording(TorchDispatchMode):
             return self._place(value)
         make = None
         if isinstance(value, Tensor):
+            if value.numel() == 0:
+                return self._place(0)  # PyTorch's address of nothing, whatever it is a part of
             place, offset = self._whose(value)
             if place in self.readers:
                 self.readers[place].append(len(self.launches))
